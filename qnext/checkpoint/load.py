@@ -1,0 +1,176 @@
+"""Loading: config -> empty model -> census -> stream every tensor into its place."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qnext.checkpoint.census import FLOATS, Layout, check_census, detect_layout
+from qnext.checkpoint.reader import SafetensorsFolder
+from qnext.config import ModelConfig
+from qnext.errors import CheckpointError, ConfigError
+from qnext.layers.model import CausalLM
+
+log = logging.getLogger(__name__)
+DTYPES = {name: getattr(torch, name) for name in FLOATS.values()}
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype from its name; None for "auto".
+
+    Raises:
+        ConfigError: not a float dtype.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    if isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    else:
+        name = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32",
+                "float": "float32"}.get(dtype, dtype)  # fmt: skip
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not known", hint="known: auto, " + ", ".join(DTYPES))
+    return DTYPES[name]
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """A usable device; "auto" takes CUDA where there is one.
+
+    Raises:
+        ConfigError: no such device on this machine.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is not known: {error}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} was asked for and torch sees no CUDA device",
+                          hint="use device='cpu', or see `qnext doctor`")  # fmt: skip
+    return found
+
+
+def load_model(
+    path: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> CausalLM:
+    """Load a checkpoint as one ``nn.Module``.
+
+    Args:
+        path: folder, or model id of a hub; None for the shipped model.
+        dtype: of the parameters; "auto" keeps what is on disk.
+        device: "auto" takes CUDA where there is one.
+        progress: called with (bytes done, bytes in all) after every tensor.
+        revision: pins a hub revision.
+        offline: use only what is already downloaded.
+
+    Returns:
+        The model in evaluation mode; ``model(input_ids).logits``.
+
+    Raises:
+        ConfigError, CheckpointError, HubError: before any weight is allocated, except for
+            damage that only shows while reading.
+    """
+    from qnext.hub import resolve_model
+
+    folder = resolve_model(path, revision=revision, offline=offline)
+    target, place = parse_dtype(dtype), parse_device(device)
+    config = ModelConfig.from_pretrained(folder)
+    files = SafetensorsFolder(folder)
+    layout = detect_layout(config, files.entries)
+    check_census(layout, files)
+    model = empty_model(layout.config, *_dtypes(layout, files, target), place)
+    started = time.perf_counter()
+    fill(model, layout, files, progress)
+    log.info(
+        "loaded model=%s bytes=%d seconds=%.2f", folder.name, files.nbytes,
+        time.perf_counter() - started,
+    )  # fmt: skip
+    return model.eval()
+
+
+def _dtypes(
+    layout: Layout, files: SafetensorsFolder, target: torch.dtype | None
+) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+    """Dtype of the matrices, and of those vectors that differ on disk (such as A_log)."""
+    if target is not None:
+        return target, {}
+    embed = files.entries[layout.prefix + "embed_tokens.weight"]
+    main = DTYPES[FLOATS[embed.dtype]]
+    other = {}
+    for name, tensor in layout.tensors.items():
+        entry = files.entries.get(name)
+        if entry is not None and entry.dtype != embed.dtype and len(tensor.shape) == 1:
+            other[tensor.parts[0].param] = DTYPES[FLOATS[entry.dtype]]
+    return main, other
+
+
+def empty_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    other: dict[str, torch.dtype],
+    device: torch.device,
+) -> CausalLM:
+    """A model with allocated, uninitialised parameters on ``device``."""
+    with torch.device("meta"):
+        model = CausalLM(config)
+    for name, old in list(model.named_parameters()):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        fresh = torch.empty(old.shape, dtype=other.get(name, dtype), device=device)
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(fresh))
+    restore_buffers(model, device)
+    return model
+
+
+def restore_buffers(model: CausalLM, device: torch.device) -> None:
+    """Compute again what is not in checkpoints: the rotary frequencies, always fp32."""
+    from qnext.layers.rotary import RotaryEmbedding
+
+    model.rotary = RotaryEmbedding(model.config).to(device)
+
+
+def fill(
+    model: CausalLM,
+    layout: Layout,
+    files: SafetensorsFolder,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Stream the files into the parameters; host memory holds one tensor beside them."""
+    params = dict(model.named_parameters())
+    done = 0
+    late: list[tuple[str, Tensor]] = []
+    with torch.no_grad():
+        for name, tensor in files.tensors(set(layout.tensors)):
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+                raise CheckpointError(
+                    f"{files.folder}: {name} holds NaN or infinite values",
+                    hint="the file is damaged or the training run diverged",
+                )
+            rule = layout.tensors[name]
+            if rule.optional:
+                late.append((name, tensor))
+                continue
+            for part in rule.parts:
+                part.put(params[part.param]).copy_(part.take(tensor))
+            done += tensor.nbytes
+            if progress is not None:
+                progress(done, files.nbytes)
+        for name, tensor in late:
+            twin = params[layout.tensors[name].parts[0].param]
+            if not torch.equal(twin, tensor.to(twin)):
+                raise CheckpointError(
+                    f"{files.folder}: tie_word_embeddings is set, but {name} differs from the "
+                    "embedding",
+                    hint="set tie_word_embeddings to false in config.json",
+                )

@@ -1,0 +1,235 @@
+"""Safetensors folders: a strict index of what lies where, before a byte is loaded.
+
+Headers are checked by hand first (lengths, offsets, duplicate names), because a damaged file
+must be refused with a clear sentence; tensors are then read lazily through safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qnext.errors import CheckpointError, DamagedFile, MissingTensor, UnexpectedTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# safetensors itself refuses larger headers.
+MAX_HEADER = 100_000_000
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2,
+    "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: file, dtype in safetensors' words, shape, bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class SafetensorsFolder:
+    """The tensors of a folder, single or sharded.
+
+    Attributes:
+        entries: name -> :class:`Entry`, in file order.
+        metadata: the ``__metadata__`` of the first file.
+
+    Raises:
+        CheckpointError: no weights, a damaged file, an index that does not match the files.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is not a folder")
+        self.files = self._files()
+        for number, file in enumerate(self.files):
+            header = read_header(file)
+            if number == 0:
+                self.metadata = header.pop("__metadata__", None) or {}
+            else:
+                header.pop("__metadata__", None)
+            for name, (dtype, shape, nbytes) in header.items():
+                if name in self.entries:
+                    raise DamagedFile(
+                        f"{name} is in both {self.entries[name].file.name} and {file.name}"
+                    )
+                self.entries[name] = Entry(file, dtype, shape, nbytes)
+        self._check_index()
+
+    def _files(self) -> list[Path]:
+        index, single = self.folder / INDEX, self.folder / SINGLE
+        if not index.exists():
+            if single.exists():
+                self.weight_map: dict[str, str] | None = None
+                return [single]
+            stray = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+            raise CheckpointError(
+                f"{self.folder} has neither {SINGLE} nor {INDEX}"
+                + (f" (found {', '.join(stray[:3])})" if stray else ""),
+                hint="only safetensors are read; pickle files can run code and are refused",
+            )
+        data = _json(index)
+        weight_map = data.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise DamagedFile(f"{index} has no weight_map")
+        self.weight_map = weight_map
+        names: list[str] = []
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+                raise DamagedFile(
+                    f"{index} places {tensor} in {name!r}",
+                    hint="file names in an index must be plain names in the same folder",
+                )
+            if name not in names:
+                names.append(name)
+        files = [self.folder / name for name in sorted(names)]
+        gone = [f.name for f in files if not f.is_file()]
+        if gone:
+            raise CheckpointError(
+                f"{len(gone)} of {len(files)} weight files are missing: {_few(gone)}",
+                hint="download the checkpoint again; finished files are kept",
+            )
+        return files
+
+    def _check_index(self) -> None:
+        if self.weight_map is None:
+            return
+        missing = [n for n in self.weight_map if n not in self.entries]
+        extra = [n for n in self.entries if n not in self.weight_map]
+        moved = [n for n, f in self.weight_map.items()
+                 if n in self.entries and self.entries[n].file.name != f]  # fmt: skip
+        if missing:
+            raise MissingTensor(f"{INDEX} names tensors that no file holds: {_few(missing)}")
+        if extra:
+            raise UnexpectedTensor(f"files hold tensors that {INDEX} does not name: {_few(extra)}")
+        if moved:
+            raise DamagedFile(f"{INDEX} places tensors in the wrong file: {_few(moved)}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(e.nbytes for e in self.entries.values())
+
+    def tensors(self, names: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Stream ``(name, tensor)`` file by file; one file is open at a time."""
+        for file in self.files:
+            try:
+                with safe_open(file, framework="pt", device="cpu") as handle:
+                    for name in handle.keys():  # noqa: SIM118 - not a mapping
+                        if names is None or name in names:
+                            yield name, handle.get_tensor(name)
+            except SafetensorError as error:
+                raise DamagedFile(f"{file}: {error}") from error
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Check a safetensors header; name -> (dtype, shape, bytes), plus ``__metadata__``.
+
+    Raises:
+        DamagedFile: whatever is wrong with it.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise DamagedFile(
+                f"{file} is no whole safetensors file: it has {size} bytes and says that its "
+                f"header takes {length}",
+                hint="download it again",
+            )
+        raw = handle.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DamagedFile(f"{file} has a header that is not JSON: {error}") from error
+    except _Duplicate as error:
+        raise DamagedFile(f"{file} names {error.args[0]!r} twice") from error
+    if not isinstance(header, dict):
+        raise DamagedFile(f"{file} has a header that is not an object")
+    spans: list[tuple[int, int, str]] = []
+    result: dict[str, Any] = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            result[name] = info if isinstance(info, dict) else {}
+            continue
+        dtype, shape, begin, end = _entry(file, name, info)
+        spans.append((begin, end, name))
+        result[name] = (dtype, shape, end - begin)
+    _check_spans(file, spans, size - 8 - length)
+    return result
+
+
+def _entry(file: Path, name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
+    try:
+        dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        counts = (*shape, begin, end)
+        sane = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFile(f"{file}: the entry of {name} is malformed") from error
+    if dtype not in ITEM_BYTES:
+        raise DamagedFile(f"{file}: {name} has the unknown dtype {dtype!r}")
+    if not sane or end - begin != prod(shape) * ITEM_BYTES[dtype]:
+        raise DamagedFile(
+            f"{file}: {name} is {dtype} {list(shape)} but takes bytes {begin} to {end}"
+        )
+    return dtype, shape, begin, end
+
+
+def _check_spans(file: Path, spans: list[tuple[int, int, str]], size: int) -> None:
+    """The tensors must tile the data exactly: no overlap, no gap, nothing cut off."""
+    at, last = 0, "the start"
+    for begin, end, name in sorted(spans):
+        if begin != at:
+            what = "overlap" if begin < at else "leave a gap"
+            raise DamagedFile(f"{file}: {last} and {name} {what}")
+        at, last = end, name
+    if at != size:
+        raise DamagedFile(
+            f"{file} is {'truncated' if at > size else 'too long'}: its tensors take {at} bytes "
+            f"and it holds {size}",
+            hint="download it again",
+        )
+
+
+class _Duplicate(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _Duplicate(key)
+        result[key] = value
+    return result
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DamagedFile(f"{path} is not JSON: {error}") from error
+    except _Duplicate as error:
+        raise DamagedFile(f"{path} names {error.args[0]!r} twice") from error
+    if not isinstance(data, dict):
+        raise DamagedFile(f"{path} is not a JSON object")
+    return data
+
+
+def _few(names: list[str], count: int = 8) -> str:
+    shown = ", ".join(names[:count])
+    return shown + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,138 @@
+"""Saving: the same rules backwards, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qnext.checkpoint.reader import INDEX, SINGLE
+from qnext.config import ModelConfig
+from qnext.errors import CheckpointError
+from qnext.layers.model import CausalLM
+from qnext.weights import DiskTensor, disk_tensors
+
+SHARD_BYTES = 5_000_000_000
+
+
+def save_model(
+    model: CausalLM,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = SHARD_BYTES,
+    fused_experts: bool | None = None,
+    extra_files: str | Path | None = None,
+) -> Path:
+    """Write a Hugging Face folder that transformers and qnext load.
+
+    Args:
+        model: what to write; ``mtp.*`` is kept.
+        folder: created if needed; files of the same names are replaced.
+        dtype: cast to it; default each parameter's own.
+        max_shard_size: bytes per file; one file if everything fits.
+        fused_experts: stacked expert tensors; default as the family publishes them
+            (fused for Qwen3.5, per expert otherwise).
+        extra_files: folder whose tokenizer, template and licence files are copied along.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    if fused_experts is None:
+        fused_experts = config.model_type == "qwen3_5_moe"
+    rules = [t for t in disk_tensors(config, fused_experts=fused_experts) if not t.optional]
+    params = dict(model.named_parameters())
+
+    def bytes_of(tensor: DiskTensor) -> int:
+        kind = dtype or params[tensor.parts[0].param].dtype
+        return tensor.numel * kind.itemsize
+
+    shards = list(_split(rules, bytes_of, max_shard_size))
+    names = [SINGLE] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]  # fmt: skip
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {t.name: gather(t, params, dtype) for t in shard}
+        _replace(folder / name, lambda path, t=tensors: save_file(t, path, {"format": "pt"}))
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(map(bytes_of, rules))},
+            "weight_map": {t.name: n for n, s in zip(names, shards, strict=True) for t in s},
+        }
+        write_json(folder / INDEX, index)
+    _drop_stale(folder, {*names, *([INDEX] if len(shards) > 1 else [])})
+    save_config(config, folder, dtype or model.dtype)
+    if extra_files is not None:
+        copy_extra_files(Path(extra_files), folder)
+    return folder
+
+
+def gather(tensor: DiskTensor, params: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+    """Build one disk tensor on the host from the parameters it is made of."""
+    first = params[tensor.parts[0].param]
+    out = torch.empty(tensor.shape, dtype=dtype or first.dtype)
+    with torch.no_grad():
+        for part in tensor.parts:
+            part.take(out).copy_(part.put(params[part.param]))
+    return out
+
+
+def save_config(config: ModelConfig, folder: Path, dtype: torch.dtype) -> None:
+    """Write ``config.json``; ``torch_dtype`` is what 4.57 reads and 5.x accepts."""
+    data = config.to_hf_dict()
+    data["torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", data)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON to the side and rename, so that a reader never sees half a file."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    _replace(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def copy_extra_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, template, generation settings, card and licence."""
+    if source.resolve() == target.resolve():
+        return
+    for file in sorted(source.iterdir()):
+        text = file.suffix in (".json", ".jinja", ".txt", ".md") or file.name.startswith("LICEN")
+        if file.is_file() and text and file.name not in ("config.json", INDEX):
+            shutil.copyfile(file, target / file.name)
+
+
+def _split(rules: list[DiskTensor], bytes_of, limit: int) -> Iterator[list[DiskTensor]]:  # type: ignore[no-untyped-def]
+    shard: list[DiskTensor] = []
+    size = 0
+    for tensor in rules:
+        if shard and size + bytes_of(tensor) > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += bytes_of(tensor)
+    yield shard
+
+
+def _replace(path: Path, write) -> None:  # type: ignore[no-untyped-def]
+    side = path.with_name(path.name + ".part")
+    try:
+        write(side)
+        os.replace(side, path)
+    except OSError as error:
+        side.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def _drop_stale(folder: Path, kept: set[str]) -> None:
+    """Remove weight files of an earlier save, which would contradict the new ones."""
+    for file in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        if file.name not in kept:
+            file.unlink(missing_ok=True)

@@ -1,0 +1,434 @@
+"""LLM: prompts in, texts out, offline. The public face of the engine.
+
+Resolves the model folder, loads model and tokenizer, turns prompts into requests and steps the
+engine (generate.py) until they are finished. Not for several threads at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qnext.checkpoint import load_model
+from qnext.config import ModelConfig
+from qnext.engine.defaults import GenerationDefaults
+from qnext.engine.generate import Engine
+from qnext.engine.options import EngineOptions
+from qnext.engine.outputs import CompletionOutput, RequestOutput, StreamDelta
+from qnext.engine.prompts import ParsedPrompt, Prompt, parse_prompt, parse_prompts
+from qnext.engine.request import Request, RequestText, Sequence as Generation
+from qnext.engine.sampling_params import SamplingParams, nearest_hint
+from qnext.engine.speculative import resolve_num_drafts
+from qnext.engine.stats import EngineStats
+from qnext.engine.text_stream import TextStream
+from qnext.engine.validation import check_request
+from qnext.errors import ConfigError, RequestError
+from qnext.hub import resolve_model
+from qnext.text import ChatTemplate, Tokenizer
+
+Message = dict[str, Any]
+Conversation = list[Message]
+
+_PREFILL_TOKENS = {"cuda": 8192}
+_PREFILL_TOKENS_ELSEWHERE = 2048
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: folder, hub id, or None for the model in the box.
+        dtype: "auto" (see ``resolve_dtype``), "float32", "bfloat16", "float16" or a torch dtype.
+        device: "auto" (CUDA if there is one), or a torch device.
+        tokenizer: folder or hub id of another tokenizer.
+        skip_tokenizer_init: work on token ids alone; no texts, stop strings or chat.
+        max_model_len: most tokens of prompt and output; None means what the model was made for.
+        max_num_seqs: sequences that run at the same time.
+        max_num_batched_tokens: prompt tokens per prefill step; None decides by device.
+        num_speculative_tokens: MTP drafts per step, 0..8, or "auto".
+        seed: of requests that bring no seed.
+        revision: branch, tag or commit of a hub id.
+        offline: never ask the network.
+        unknown: refused, with the nearest known name.
+
+    Raises:
+        ConfigError: an unknown option or a value outside its range.
+        CheckpointError: the folder cannot be loaded.
+        HubError: the model cannot be found or fetched.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        tokenizer: str | Path | None = None,
+        skip_tokenizer_init: bool = False,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        num_speculative_tokens: int | str | None = 0,
+        seed: int = 0,
+        revision: str | None = None,
+        offline: bool = False,
+        **unknown: Any,
+    ) -> None:
+        for name in unknown:
+            known = [p for p in signature(LLM).parameters if p != "unknown"]
+            raise ConfigError(f"LLM has no option {name!r}", hint=nearest_hint(name, known))
+        target = resolve_device(device)
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = _PREFILL_TOKENS.get(target.type, _PREFILL_TOKENS_ELSEWHERE)
+        _check_count("max_num_seqs", max_num_seqs)
+        _check_count("max_num_batched_tokens", max_num_batched_tokens)
+        if type(seed) is not int:
+            raise ConfigError(f"seed={seed!r} must be an integer")
+        self.model_path: Path = resolve_model(model, revision=revision, offline=offline)
+        self.config: ModelConfig = ModelConfig.from_pretrained(self.model_path)
+        has_mtp = self.config.num_mtp_layers > 0
+        drafts = resolve_num_drafts(num_speculative_tokens, has_mtp=has_mtp)
+        longest = longest_context(self.config)
+        if max_model_len is not None:
+            _check_count("max_model_len", max_model_len, longest)
+        self.tokenizer: Tokenizer | None = None
+        self._chat_template: ChatTemplate | None = None
+        if not skip_tokenizer_init:
+            place = self.model_path if tokenizer is None else resolve_model(
+                tokenizer, offline=offline
+            )
+            self.tokenizer = Tokenizer.from_pretrained(place)
+        self.defaults = GenerationDefaults.from_folder(self.model_path, self.config)
+        self.model = load_model(
+            self.model_path, dtype=resolve_dtype(dtype, target), device=target
+        ).eval()
+        vocab = self.config.vocab_size
+        if self.tokenizer is not None:
+            vocab = min(vocab, len(self.tokenizer))
+        options = EngineOptions(
+            vocab_size=vocab,
+            max_model_len=max_model_len or longest,
+            eos_token_ids=self.defaults.eos_token_ids,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_speculative_tokens=drafts,
+            seed=seed,
+        )
+        self.engine = Engine(self.model, options)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Totals since the LLM was built."""
+        return self.engine.stats
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output."""
+        return self.engine.options.max_model_len
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends."""
+        return self.defaults.sampling_params()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete every prompt.
+
+        Args:
+            prompts: a text, a list of token ids, a dict with either, or a list of those.
+            sampling_params: for all prompts, or one per prompt; None takes the model's defaults.
+            progress: show a bar on a terminal.
+            use_tqdm: vLLM's name for ``progress``.
+
+        Returns:
+            one RequestOutput per prompt, in order.
+
+        Raises:
+            RequestError: a prompt or parameter that can never be served; nothing was run.
+        """
+        parsed = parse_prompts(prompts)
+        every = self._params_of(sampling_params, len(parsed))
+        made = [self._prepare(prompt, one) for prompt, one in zip(parsed, every, strict=True)]
+        requests: list[Request] = []
+        try:
+            requests.extend(make() for make in made)
+            with _bar(len(requests), shown=progress or use_tqdm) as advance:
+                done = 0
+                while done < len(requests):
+                    self.engine.step()
+                    now = sum(request.finished for request in requests)
+                    if now != done:
+                        advance(now)
+                        done = now
+        finally:
+            for request in requests:
+                if not request.finished:
+                    self.engine.abort(request)
+        return [self._output(request) for request in requests]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        progress: bool = False,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several; each is a list of {"role", "content"} dicts.
+
+        Raises:
+            RequestError: as ``generate``.
+            TextError: the chat template refuses the messages, or there is none.
+        """
+        many = messages if messages and not isinstance(messages[0], dict) else [messages]
+        render = partial(
+            self.render_chat,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        prompts = [render(list(conversation)) for conversation in many]
+        return self.generate(prompts, sampling_params, progress=progress or use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[StreamDelta]:
+        """Complete one prompt and yield what is new after each step.
+
+        The request is checked now and starts with the first ``next``; closing the iterator ends it.
+
+        Raises:
+            RequestError: as ``generate``.
+        """
+        (params,) = self._params_of(sampling_params, 1)
+        return self._deltas(self._prepare(parse_prompt(prompt), params))
+
+    def chat_stream(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Iterator[StreamDelta]:
+        """``stream`` for a conversation."""
+        prompt = self.render_chat(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.stream(prompt, sampling_params)
+
+    def render_chat(
+        self,
+        messages: Conversation,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of a conversation, through the checkpoint's own template.
+
+        Raises:
+            RequestError: no messages, or no tokenizer.
+            TextError: the template refuses them, or there is none.
+        """
+        if not messages:
+            raise RequestError("the conversation has no messages")
+        if self.tokenizer is None:
+            raise _no_tokenizer("chat")
+        if self._chat_template is None:
+            self._chat_template = ChatTemplate.from_pretrained(self.model_path)
+        return self._chat_template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **(chat_template_kwargs or {}),
+        )
+
+    def _params_of(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if given is None:
+            return [self.get_default_sampling_params()] * count
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        each = list(given)
+        if len(each) != count or not all(isinstance(one, SamplingParams) for one in each):
+            raise RequestError(
+                f"sampling_params must be one SamplingParams or {count}, one per prompt;"
+                f" found a list of {len(each)}"
+            )
+        return each
+
+    def _prepare(self, prompt: ParsedPrompt, params: SamplingParams) -> Callable[[], Request]:
+        """Check a request; the result adds it to the engine."""
+        tokenizer, text, ids = self.tokenizer, prompt.text, prompt.token_ids
+        handling = RequestText()
+        if tokenizer is None:
+            if text is not None:
+                raise _no_tokenizer("a text prompt")
+            for name in ("stop", "bad_words"):
+                if getattr(params, name):
+                    raise _no_tokenizer(name)
+        else:
+            if ids is None:
+                ids = tokenizer.encode(text or "")
+            handling = RequestText(
+                partial(TextStream, tokenizer, params) if params.detokenize else None,
+                lambda token: tokenizer.decode([token], skip_special_tokens=False),
+                _bad_words(tokenizer, params.bad_words),
+            )
+        options, ids = self.engine.options, ids or []
+        check_request(ids, params, options.vocab_size, options.max_model_len)
+        return partial(self.engine.add_request, ids, params, prompt=text, text=handling)
+
+    def _deltas(self, make: Callable[[], Request]) -> Iterator[StreamDelta]:
+        request = make()
+        sent = [(0, 0)] * len(request.sequences)
+        open_ones = list(request.sequences)
+        try:
+            while open_ones:
+                self.engine.step()
+                for sequence in open_ones:
+                    delta, sent[sequence.index] = _news(sequence, *sent[sequence.index])
+                    if delta is not None:
+                        yield delta
+                open_ones = [s for s in open_ones if s.finish_reason is None]
+        finally:
+            if not request.finished:
+                self.engine.abort(request)
+
+    def _output(self, request: Request) -> RequestOutput:
+        outputs = [
+            CompletionOutput(
+                index=sequence.index,
+                text=sequence.text.text if sequence.text else "",
+                token_ids=sequence.output_ids,
+                logprobs=sequence.logprobs,
+                cumulative_logprob=(
+                    None if sequence.logprobs is None else sequence.cumulative_logprob
+                ),
+                finish_reason=sequence.finish_reason,
+                stop_reason=sequence.stop_reason,
+                error=sequence.error,
+            )
+            for sequence in request.sequences
+        ]
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=outputs,
+            prompt_logprobs=request.prompt_logprobs,
+            metrics=request.metrics,
+        )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A torch device; "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"device={str(device)!r} cannot be used here: {first}") from error
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
+    """The dtype to load; "auto" is the checkpoint's on every device.
+
+    Raises:
+        ConfigError: no floating dtype of that name.
+    """
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    names |= {"float": torch.float32, "half": torch.float16}
+    if dtype not in names:
+        raise ConfigError(f"dtype={dtype!r} is unknown", hint=nearest_hint(dtype, ["auto", *names]))
+    return names[dtype]
+
+
+def longest_context(config: ModelConfig) -> int:
+    """Most positions the model was made for; YaRN multiplies the original length by its factor."""
+    yarn = config.rope_scaling
+    if yarn is None:
+        return config.max_position_embeddings
+    scaled = int(yarn.original_max_position_embeddings * yarn.factor)
+    return max(config.max_position_embeddings, scaled)
+
+
+def _news(sequence: Generation, ids: int, pieces: int) -> tuple[StreamDelta | None, tuple[int, int]]:
+    """What a sequence gained since ``ids`` tokens and ``pieces`` pieces of text were sent."""
+    new_ids = sequence.output_ids[ids:]
+    new_pieces = sequence.text.pieces[pieces:] if sequence.text else []
+    after = (ids + len(new_ids), pieces + len(new_pieces))
+    if not new_ids and not new_pieces and sequence.finish_reason is None:
+        return None, after
+    delta = StreamDelta(
+        text="".join(new_pieces),
+        token_ids=new_ids,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+        index=sequence.index,
+        logprobs=None if sequence.logprobs is None else sequence.logprobs[ids : after[0]],
+        error=sequence.error,
+    )
+    return delta, after
+
+
+def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each word, at the start of a text and after a space."""
+    found = {tuple(tokenizer.encode(form)) for word in words for form in (word, f" {word.strip()}")}
+    return tuple(sorted(ids for ids in found if ids))
+
+
+def _check_count(name: str, value: Any, most: int | None = None) -> None:
+    if type(value) is not int or value < 1 or (most is not None and value > most):
+        limit = "at least 1" if most is None else f"1..{most}"
+        raise ConfigError(f"{name}={value!r} must be an integer, {limit}")
+
+
+def _no_tokenizer(what: str) -> RequestError:
+    return RequestError(
+        f"{what} needs a tokenizer, and skip_tokenizer_init=True left it out",
+        hint="give token ids, or load with skip_tokenizer_init=False",
+    )
+
+
+@contextmanager
+def _bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    if not shown:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("generate", total=total)
+        yield lambda done: bar.update(task, completed=done)

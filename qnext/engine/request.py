@@ -1,0 +1,172 @@
+"""Request: what was asked. Sequence: one completion of it, from prompt to last token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from qnext.engine.outputs import FinishReason, Logprob, LogprobsAtStep, RequestMetrics
+from qnext.engine.sampler import RawLogprobs, SamplingState
+from qnext.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from qnext.engine.text_stream import TextStream
+
+
+@dataclass(frozen=True, slots=True)
+class RequestText:
+    """How a request's tokens become text; the defaults leave them ids.
+
+    Attributes:
+        new_stream: makes the incremental text of one sequence.
+        decode_token: one id to its text, for logprobs.
+        bad_words: token ids of ``params.bad_words``.
+    """
+
+    new_stream: Callable[[], TextStream] | None = None
+    decode_token: Callable[[int], str] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One prompt with its parameters and ``params.n`` sequences."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    text: RequestText
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[LogprobsAtStep | None] | None = None
+
+    def start(
+        self,
+        *,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        max_model_len: int,
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
+        """Make the ``n`` sequences; sequence i draws its samples from ``seed + i``."""
+        params, prompt = self.params, self.prompt_token_ids
+        stops: dict[int, int | None] = {token: token for token in params.stop_token_ids}
+        if not params.ignore_eos:
+            stops |= dict.fromkeys(eos_token_ids)
+        total = max_model_len
+        if params.max_tokens is not None:
+            total = min(total, len(prompt) + params.max_tokens)
+        for index in range(params.n):
+            sampling = SamplingState(
+                params,
+                prompt_ids=prompt,
+                stop_ids=[token for token in stops if token < vocab_size],
+                vocab_size=vocab_size,
+                seed=seed + index,
+                bad_words=self.text.bad_words,
+                device=device,
+            )
+            sequence = Sequence(
+                request=self,
+                index=index,
+                sampling=sampling,
+                tokens=list(prompt),
+                num_prompt=len(prompt),
+                stop_ids=stops,
+                max_total=total,
+                text=self.text.new_stream() if self.text.new_stream else None,
+                logprobs=None if params.logprobs is None else [],
+            )
+            self.sequences.append(sequence)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    def logprobs_dict(self, raw: RawLogprobs) -> LogprobsAtStep:
+        """vLLM's dict of one step."""
+        decode = self.text.decode_token
+        return {
+            token: Logprob(logprob, rank, decode(token) if decode else None)
+            for token, logprob, rank in zip(*raw, strict=True)
+        }
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One completion in the making.
+
+    Attributes:
+        tokens: prompt and output so far.
+        stop_ids: ids that end it, each with the ``stop_reason`` it gives.
+        max_total: most tokens, prompt included.
+        num_computed: tokens the cache slot holds; the rest are the next input.
+        drafts: proposed continuation of ``tokens``, to be verified in the next step.
+        text: incremental text, None when nobody needs it before the end.
+    """
+
+    request: Request
+    index: int
+    sampling: SamplingState
+    tokens: list[int]
+    num_prompt: int
+    stop_ids: dict[int, int | None]
+    max_total: int
+    text: TextStream | None = None
+    slot: int | None = None
+    num_computed: int = 0
+    drafts: list[int] = field(default_factory=list)
+    logprobs: list[LogprobsAtStep] | None = None
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Generated ids."""
+        return self.sampling.output_ids
+
+    @property
+    def seat(self) -> int:
+        """The slot of a running sequence."""
+        if self.slot is None:
+            raise RuntimeError("a running sequence has no slot")
+        return self.slot
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether known tokens beyond the last one still have to be run."""
+        return self.num_computed < max(self.num_prompt, len(self.tokens) - 1)
+
+    def finish(
+        self, reason: FinishReason, *, stop: str | int | None = None, error: str | None = None
+    ) -> None:
+        """End the sequence; the first reason stays."""
+        if self.finish_reason is None:
+            self.finish_reason, self.stop_reason, self.error = reason, stop, error
+            self.drafts = []
+
+    def append(self, token: int, raw: RawLogprobs | None) -> None:
+        """Add a sampled token and decide whether it is the last."""
+        self.tokens.append(token)
+        self.sampling.append(token)
+        if raw is not None and self.logprobs is not None:
+            self.logprobs.append(self.request.logprobs_dict(raw))
+            self.cumulative_logprob += raw.logprobs[0]
+        may_stop = len(self.sampling.output_ids) >= self.request.params.min_tokens
+        stops = may_stop and token in self.stop_ids
+        if self.text is not None:
+            found = self.text.push(token, stops=stops, may_stop=may_stop)
+            if found is not None:
+                self.finish("stop", stop=found)
+        if stops:
+            self.finish("stop", stop=self.stop_ids[token])
+        elif len(self.tokens) >= self.max_total:
+            self.finish("length")

@@ -1,0 +1,378 @@
+"""Logits to tokens: every row with its own parameters, penalties and random numbers.
+
+A row's draw uses one uniform number of its own sequence and the inverse of its cumulative
+distribution, so that neither its neighbours nor speculation (speculative.py) change its samples.
+Order of operations is vLLM's: masks, bad words, min_tokens, bias, penalties, temperature, min_p,
+top_k, top_p. Log-probabilities are of the raw logits.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext.engine.sampling_params import SamplingParams
+
+_DRAW_BITS = 48
+"""Draws are multiples of 2^-48 below 1, so draw * total < total in float64."""
+
+_SORTED = 512
+"""Most likely tokens looked at first when only top_p or min_p limits them."""
+
+
+class Row(NamedTuple):
+    """One row of logits: whose it is and which drafts stand between its output and this row."""
+
+    state: SamplingState
+    drafts: Sequence[int] = ()
+
+
+class RawLogprobs(NamedTuple):
+    """Numbers behind vLLM's dict of one step: ids, log-probabilities (nats), 1-based ranks."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+@dataclass(slots=True)
+class Sampled:
+    """Per row: the token, whether it is valid, and its logprobs if asked for.
+
+    A token is not valid when a logit is not finite or when no token is allowed.
+    """
+
+    tokens: list[int]
+    valid: list[bool]
+    logprobs: list[RawLogprobs | None]
+
+
+class SamplingState:
+    """What sampling remembers of one sequence.
+
+    Args:
+        params: the request's parameters.
+        prompt_ids: the prompt, for the repetition penalty.
+        stop_ids: ids that would end this sequence, masked until ``min_tokens``.
+        vocab_size: V, ids that may be sampled; rows above are padding.
+        seed: of this sequence alone.
+        bad_words: token sequences never completed.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        prompt_ids: Sequence[int] = (),
+        stop_ids: Sequence[int] = (),
+        vocab_size: int,
+        seed: int = 0,
+        bad_words: Sequence[Sequence[int]] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.params = params
+        self.output_ids: list[int] = []
+        self.bad_words = [tuple(word) for word in bad_words]
+        self._random = random.Random(seed & (2**64 - 1))
+        self._ahead: list[float] = []
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+        self.bias = _static_bias(params, vocab_size, device)
+        self.prompt_seen: Tensor | None = None
+        self.counts: Tensor | None = None
+        if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
+            self.prompt_seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.prompt_seen[torch.tensor(list(prompt_ids), dtype=torch.long, device=device)] = True
+            self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        self.changes_logits = bool(
+            self.bias is not None
+            or self.counts is not None
+            or self.bad_words
+            or (params.min_tokens and len(stop_ids))
+        )
+        self.plain_greedy = params.greedy and not self.changes_logits and params.logprobs is None
+
+    def append(self, token: int) -> None:
+        """Record an emitted token and use up its random number."""
+        self.output_ids.append(token)
+        if self.counts is not None:
+            self.counts[token] += 1
+        if self._ahead:
+            del self._ahead[0]
+
+    def draw(self, ahead: int) -> float:
+        """The uniform number in [0, 1) of the token ``ahead`` places after the output."""
+        while len(self._ahead) <= ahead:
+            self._ahead.append(self._random.getrandbits(_DRAW_BITS) / 2**_DRAW_BITS)
+        return self._ahead[ahead]
+
+
+def process_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Masks, bias and penalties.
+
+    Args:
+        logits: (R, V) fp32, left as they are.
+        rows: R rows.
+
+    Returns:
+        (R, V): a changed copy, or ``logits`` itself when no row asks for anything.
+    """
+    touched = [i for i, row in enumerate(rows) if row.state.changes_logits]
+    if not touched:
+        return logits
+    logits = logits.clone()
+    for i in touched:
+        state, drafts = rows[i]
+        row, params = logits[i], rows[i].state.params
+        _ban(row, state, drafts)
+        if state.bias is not None:
+            row += state.bias
+        if state.counts is not None and state.prompt_seen is not None:
+            counts = state.counts
+            if drafts:
+                ids = torch.tensor(drafts, device=row.device)
+                counts = counts.index_add(0, ids, torch.ones_like(ids, dtype=counts.dtype))
+            used = counts > 0
+            if (penalty := params.repetition_penalty) != 1:
+                scaled = torch.where(row > 0, row / penalty, row * penalty)
+                row.copy_(torch.where(used | state.prompt_seen, scaled, row))
+            row -= params.frequency_penalty * counts + params.presence_penalty * used
+    return logits
+
+
+def probs(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The exact distribution (R, V) fp32 that each row is sampled from, after all processing."""
+    logits = process_logits(logits.float(), rows)
+    result = torch.zeros_like(logits)
+    for members, kind in _groups(rows):
+        index = torch.tensor(members, device=logits.device)
+        part = logits[index]
+        params = [rows[i].state.params for i in members]
+        if kind == "greedy":
+            result[index, part.argmax(-1)] = 1
+        elif kind == "plain":
+            result[index] = torch.softmax(part / _values("temperature", params, part), -1)
+        else:
+            for some, weights, ids in _filtered(part, params):
+                result[index[some]] = torch.zeros_like(part[some]).scatter_(1, ids, weights)
+    return result
+
+
+class Sampler:
+    """Samples every row of a batch.
+
+    Args:
+        vocab_size: V, ids that may be sampled: columns from V on are padding and are cut off.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:
+        """Tokens for ``logits`` (R, >= V) of any dtype; ``rows`` has R entries."""
+        logits = logits[:, : self.vocab_size].float()
+        if all(row.state.plain_greedy for row in rows):
+            return self._greedy(logits)
+        finite = torch.isfinite(logits.sum(-1))
+        raw = torch.where(finite[:, None], logits, 0.0)
+        final = process_logits(raw, rows)
+        if final is not raw:  # every token of a row may have been forbidden
+            possible = final.amax(-1) > -torch.inf
+            final = torch.where(possible[:, None], final, 0.0)
+            finite &= possible
+        tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+        for members, kind in _groups(rows):
+            index = torch.tensor(members, device=logits.device)
+            part = final if len(members) == len(rows) else final[index]
+            if kind == "greedy":
+                tokens[index] = part.argmax(-1)
+                continue
+            draws = torch.tensor(
+                [rows[i].state.draw(len(rows[i].drafts)) for i in members], dtype=torch.float64
+            ).to(logits.device)
+            params = [rows[i].state.params for i in members]
+            if kind == "plain":
+                weights = torch.softmax(part / _values("temperature", params, part), -1)
+                tokens[index] = _invert(weights, draws)
+            else:
+                for some, weights, ids in _filtered(part, params):
+                    picked = _invert(weights, draws[some])
+                    tokens[index[some]] = ids.gather(1, picked[:, None])[:, 0]
+        return Sampled(tokens.tolist(), finite.tolist(), self._logprobs(raw, tokens, rows))
+
+    def _greedy(self, logits: Tensor) -> Sampled:
+        """Nothing but the most likely token; the sum is finite only if every logit is."""
+        count = logits.shape[0]
+        if count == 1:
+            row = logits[0]
+            return Sampled([int(row.argmax())], [math.isfinite(float(row.sum()))], [None])
+        finite = torch.isfinite(logits.sum(-1)).tolist()
+        return Sampled(logits.argmax(-1).tolist(), finite, [None] * count)
+
+    @staticmethod
+    def _logprobs(raw: Tensor, tokens: Tensor, rows: Sequence[Row]) -> list[RawLogprobs | None]:
+        wanted = [row.state.params.logprobs for row in rows]
+        members = [i for i, count in enumerate(wanted) if count is not None]
+        result: list[RawLogprobs | None] = [None] * len(rows)
+        if members:
+            counts = [wanted[i] or 0 for i in members]
+            for i, found in zip(
+                members, top_logprobs(raw[members], tokens[members], counts), strict=True
+            ):
+                result[i] = found
+        return result
+
+
+def top_logprobs(logits: Tensor, chosen: Tensor, counts: Sequence[int]) -> list[RawLogprobs]:
+    """Log-probabilities of the chosen tokens and of the most likely ones.
+
+    Args:
+        logits: (R, V) raw.
+        chosen: (R,) token ids.
+        counts: R numbers of most likely tokens, -1 for the whole vocabulary.
+
+    Returns:
+        per row the chosen token first, then the most likely ones; a chosen token that is among
+        them is not repeated.
+    """
+    values = torch.log_softmax(logits.float(), -1)
+    own = values.gather(1, chosen[:, None])
+    ranks = (values > own).sum(-1).add_(1).tolist()
+    vocab = logits.shape[1]
+    counts = [vocab if count < 0 else min(count, vocab) for count in counts]
+    top = values.topk(max(counts), -1)
+    columns = (chosen.tolist(), own[:, 0].tolist(), ranks, counts)
+    result = []
+    for token, value, rank, count, top_values, top_ids in zip(
+        *columns, top.values.tolist(), top.indices.tolist(), strict=True
+    ):
+        ids, logprobs, positions = [token], [value], [rank]
+        for place in range(count):
+            if top_ids[place] != token:
+                ids.append(top_ids[place])
+                logprobs.append(top_values[place])
+                positions.append(place + 1)
+        result.append(RawLogprobs(ids, logprobs, positions))
+    return result
+
+
+def _static_bias(params: SamplingParams, vocab: int, device: torch.device | str) -> Tensor | None:
+    """Bias (V,) that never changes: -inf outside ``allowed_token_ids``, plus ``logit_bias``."""
+    if params.allowed_token_ids is None and not params.logit_bias:
+        return None
+    bias = torch.zeros(vocab, dtype=torch.float32)
+    if params.allowed_token_ids is not None:
+        bias.fill_(-torch.inf)
+        bias[list(params.allowed_token_ids)] = 0
+    for token, value in (params.logit_bias or {}).items():
+        bias[token] += value
+    return bias.to(device)
+
+
+def _ban(row: Tensor, state: SamplingState, drafts: Sequence[int]) -> None:
+    """-inf for stops before ``min_tokens`` and for the last token of a bad word about to end."""
+    if len(state.output_ids) + len(drafts) < state.params.min_tokens:
+        row[state.stop_ids] = -torch.inf
+    if state.bad_words:
+        longest = max(map(len, state.bad_words)) - 1
+        recent = (*state.output_ids[max(0, len(state.output_ids) - longest) :], *drafts)
+        for *head, last in state.bad_words:
+            if not head or recent[-len(head) :] == tuple(head):
+                row[last] = -torch.inf
+
+
+def _groups(rows: Sequence[Row]) -> list[tuple[list[int], str]]:
+    """Row numbers by how they are drawn, so that one row's filters never cost or change another's."""
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        params = row.state.params
+        if params.greedy:
+            kind = "greedy"
+        elif params.top_k:
+            kind = "top_k"
+        elif params.top_p < 1 or params.min_p > 0:
+            kind = "sorted"
+        else:
+            kind = "plain"
+        groups.setdefault(kind, []).append(i)
+    return [(members, kind) for kind, members in groups.items()]
+
+
+def _filtered(
+    logits: Tensor, params: Sequence[SamplingParams]
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Distribution after temperature, min_p, top_k and top_p, over the tokens in falling order.
+
+    Args:
+        logits: (r, V).
+        params: r.
+
+    Yields:
+        some of the rows (s of them), their probabilities (s, K) that sum to 1, and token ids (s, K).
+    """
+    vocab, rows = logits.shape[1], list(range(len(params)))
+    limits = [min(one.top_k or vocab, vocab) for one in params]
+    scaled = logits / _values("temperature", params, logits)
+    width = min(max(limits), _SORTED) if min(limits) == vocab else max(limits)
+    values, ids = scaled.topk(width, -1)
+    if width < max(limits):
+        # The nucleus nearly always lies in the first few; only the other rows pay for a sort.
+        min_p = _values("min_p", params, logits)
+        mass = (values - scaled.logsumexp(-1, keepdim=True)).exp().sum(-1, keepdim=True)
+        reached = (min_p == 0) & (mass >= _values("top_p", params, logits))
+        enough = (reached | (values[:, -1:] < values[:, :1] + min_p.log()))[:, 0].tolist()
+        rest = [row for row in rows if not enough[row]]
+        rows = [row for row in rows if enough[row]]
+        if rest:
+            found = scaled[rest].sort(dim=-1, descending=True, stable=True)
+            some = [params[row] for row in rest]
+            yield rest, _nucleus(found.values, some, [vocab] * len(rest), scaled[rest]), found.indices
+        if not rows:
+            return
+        values, ids, scaled = values[rows], ids[rows], scaled[rows]
+    some = [params[row] for row in rows]
+    yield rows, _nucleus(values, some, [limits[row] for row in rows], scaled), ids
+
+
+def _nucleus(
+    values: Tensor, params: Sequence[SamplingParams], limits: Sequence[int], scaled: Tensor
+) -> Tensor:
+    """Probabilities (r, K) of the first K logits in falling order; each filter keeps a prefix.
+
+    ``scaled`` (r, V) are all logits over the temperature: without min_p and top_k they are the
+    whole that top_p is a share of.
+    """
+    keep = values >= values[:, :1] + _values("min_p", params, values).log()
+    place = torch.arange(values.shape[1], device=values.device)
+    keep &= place < torch.tensor(limits).to(values.device)[:, None]
+    values = values.masked_fill(~keep, -torch.inf)
+    vocab = scaled.shape[1]
+    cut = torch.tensor([0 < one.top_k < vocab or one.min_p > 0 for one in params])
+    cut = cut.to(values.device)
+    total = torch.where(cut, values.logsumexp(-1), scaled.logsumexp(-1))
+    weights = (values - total[:, None]).exp()
+    before = weights.cumsum(-1) - weights
+    weights = weights.masked_fill((before >= _values("top_p", params, values)) & (place > 0), 0.0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _values(name: str, params: Sequence[SamplingParams], like: Tensor) -> Tensor:
+    """One parameter as a column (r, 1) fp32 on the device of ``like``."""
+    values = [getattr(one, name) for one in params]
+    return torch.tensor(values, dtype=torch.float32).to(like.device)[:, None]
+
+
+def _invert(weights: Tensor, draws: Tensor) -> Tensor:
+    """Index (r,) at which the running sum of ``weights`` (r, K) passes ``draws`` (r,) in [0, 1).
+
+    Exact zeros are never picked: the running sum does not pass anything there.
+    """
+    running = weights.double().cumsum(-1)
+    target = (draws * running[:, -1])[:, None]
+    return torch.searchsorted(running, target, right=True)[:, 0]

@@ -1,0 +1,38 @@
+"""Causal grouped-query attention over packed sequences (spec section 3, step 6).
+
+Softmax of ``scale * q k^T`` in fp32; query i of a sequence with ``new`` queries and ``total``
+keys sees the keys up to ``total - new + i``. Query head h reads key head ``h // (H // Hkv)``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qnext.kernels.attention import reference
+from qnext.kernels.select import use_triton
+
+__all__ = ["varlen_attention"]
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+) -> Tensor:
+    """Attend inside every packed sequence; differentiable.
+
+    Args:
+        q: (T, H, D) queries.
+        k: (S, Hkv, D) keys, the cached ones of each sequence before its new ones.
+        v: (S, Hkv, D) values.
+        cu_seqlens_q: (N + 1,) int32 bounds of the sequences in q.
+        cu_seqlens_k: (N + 1,) int32 bounds of the sequences in k and v.
+        scale: factor on the scores.
+
+    Returns:
+        (T, H, D) in the dtype of q.
+    """
+    if use_triton(q):
+        from qnext.kernels.attention import cuda
+
+        if cuda.supports(q):
+            return cuda.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+    return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)

@@ -1,0 +1,289 @@
+"""Triton MoE of one token in three launches: the batch-1 decode path.
+
+``_router``: norm, router logits, shared gate, shared gate_up + SwiGLU. ``_gate_up``: every program
+finds the expert of its slot from the logits itself (ten integer maxima; cheaper than a launch),
+then streams its rows. ``_down``: every program owns output columns and adds up all slots, so the
+order of the sum is fixed. ``_gate_up`` lets ``_down`` start only after its own wait: then the
+logits are final, and ``_down`` can find the experts and fetch its weights while waiting.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qnext.kernels.linear.triton import (
+    _gemv_rows,
+    k_offsets,
+    load_scales,
+    prefetch_l2,
+    row_sums,
+)
+
+
+@triton.jit
+def sort_keys(logits, index, E: tl.constexpr, BF16: tl.constexpr):
+    """Integers in the order of the logits, ties to the lower index, the index in 16 low bits.
+
+    BF16 logits (HF's router output) leave room for the index in 32 bits, which one ``redux``
+    instruction can reduce; others take 64.
+    """
+    bits = logits.to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    if BF16:
+        return ((order >> 16) << 16) | (E - 1 - index)
+    else:
+        return (order.to(tl.int64) << 16) | (E - 1 - index)
+
+
+@triton.jit
+def key_index(key, E: tl.constexpr):
+    """The index packed into a key."""
+    return (E - 1 - (key & 0xFFFF)).to(tl.int32)
+
+
+@triton.jit
+def key_value(key, BF16: tl.constexpr):
+    """The logit packed into a key."""
+    if BF16:
+        bits = key ^ ((key >> 31) & 0x7FFF0000)
+        return (bits & -65536).to(tl.float32, bitcast=True)
+    else:
+        order = (key >> 16).to(tl.int32)
+        return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_keys(logits, E: tl.constexpr, BF16: tl.constexpr):
+    """Sort keys of one token's logits [E], rounded to BF16 first where the model is BF16."""
+    index = tl.arange(0, E)
+    value = tl.load(logits + index, cache_modifier=".cg")
+    if BF16:
+        value = value.to(tl.bfloat16).to(tl.float32)
+    return value, sort_keys(value, index, E, BF16)
+
+
+@triton.jit
+def _swiglu_rows(
+    x, norm, w, scale, first, eps, H: tl.constexpr, I: tl.constexpr, BN: tl.constexpr,
+    KC: tl.constexpr, KB: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) * up of intermediate channels first..first+BN from normalised x [H]."""
+    CH: tl.constexpr = KC * KB * 128
+    columns = k_offsets(KC, KB)
+    rows = (first + tl.arange(0, BN))[None, :, None, None]
+    gate = tl.zeros([BN], tl.float32)
+    up = tl.zeros([BN], tl.float32)
+    square = tl.zeros([KB, 1, KC, 128], tl.float32)
+    for c in tl.static_range(H // CH):
+        xv = tl.load(x + c * CH + columns).to(tl.float32)
+        square += xv * xv
+        xv *= 1.0 + tl.load(norm + c * CH + columns).to(tl.float32)
+        xg = xv
+        xu = xv
+        if FP8:
+            xg = xv * load_scales(scale, first // 128, c * CH, H, KC, KB)
+            xu = xv * load_scales(scale, (I + first) // 128, c * CH, H, KC, KB)
+        at = w + rows * H + c * CH + columns
+        wg = tl.load(at, eviction_policy="evict_first")
+        wu = tl.load(at + I * H, eviction_policy="evict_first")
+        gate += row_sums(wg, xg)
+        up += row_sums(wu, xu)
+    rstd = tl.rsqrt(tl.sum(tl.reshape(square, [KB * KC * 128]), axis=0) / H + eps)
+    gate *= rstd
+    return gate * tl.sigmoid(gate) * (up * rstd)
+
+
+@triton.jit
+def _router(
+    x, norm, router, w, scale, logits, act, eps, E, TOP,
+    H: tl.constexpr, I: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, KC: tl.constexpr,
+    KB: tl.constexpr, KR: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    pid = tl.program_id(0)
+    tiles: tl.constexpr = I // BN
+    if pid < tiles:
+        first = pid * BN
+        if PDL:
+            size: tl.constexpr = BN * H * w.dtype.element_ty.primitive_bitwidth // 8
+            prefetch_l2(w + first * H, size)
+            prefetch_l2(w + (I + first) * H, size)
+            gdc_wait()
+        value = _swiglu_rows(x, norm, w, scale, first, eps, H, I, BN, KC, KB, FP8)
+        at = act + TOP * I + first + tl.arange(0, BN)
+        tl.store(at, value.to(act.dtype.element_ty))
+    else:
+        _gemv_rows(x, norm, router, scale, x, logits, logits, logits, (pid - tiles) * BR, E + 1,
+                   0, 0, eps, pid, 1, H, BR, KR, 2, False, True, False, False, PDL)  # fmt: skip
+
+
+@triton.jit
+def _gate_up(
+    x, norm, logits, w, scale, act, eps,
+    E: tl.constexpr, TOP: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BN: tl.constexpr,
+    KC: tl.constexpr, KB: tl.constexpr, FP8: tl.constexpr, BF16: tl.constexpr,
+    NORM_TOPK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BN
+    slot = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    value, keys = load_keys(logits, E, BF16)
+    lowest = tl.min(keys, axis=0)
+    best = tl.max(keys, axis=0)
+    top = key_value(best, BF16)
+    total = 1.0
+    for _ in range(slot):
+        keys = tl.where(keys == best, lowest, keys)
+        best = tl.max(keys, axis=0)
+        total += tl.exp(key_value(best, BF16) - top)
+    expert = key_index(best, E).to(tl.int64)
+    mine = key_value(best, BF16)
+    if PDL:
+        size: tl.constexpr = BN * H * w.dtype.element_ty.primitive_bitwidth // 8
+        prefetch_l2(w + (expert * (2 * I) + first) * H, size)
+        prefetch_l2(w + (expert * (2 * I) + I + first) * H, size)
+    for _ in range(slot + 1, TOP):
+        keys = tl.where(keys == best, lowest, keys)
+        best = tl.max(keys, axis=0)
+        total += tl.exp(key_value(best, BF16) - top)
+    if not NORM_TOPK:
+        total = tl.sum(tl.exp(value - top), axis=0)
+    out = _swiglu_rows(x, norm, w + expert * (2 * I * H),
+                       scale + expert * ((2 * I // 128) * (H // 128)), first, eps, H, I, BN, KC,
+                       KB, FP8)  # fmt: skip
+    out *= tl.exp(mine - top) / total
+    tl.store(act + slot * I + first + tl.arange(0, BN), out.to(act.dtype.element_ty))
+
+
+@triton.jit
+def _down_rows(
+    act, w, scale, ids, slots, first, live, H: tl.constexpr, I: tl.constexpr, BN: tl.constexpr,
+    KE: tl.constexpr, KB: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Output rows first..first+BN summed over KE slots (``ids``, ``slots``: [1, 1, KE, 1])."""
+    CH: tl.constexpr = KB * 128
+    kb = tl.arange(0, KB)[:, None, None, None]
+    columns = kb * 128 + tl.arange(0, 128)[None, None, None, :]
+    rows = (first + tl.arange(0, BN))[None, :, None, None]
+    acc = tl.zeros([BN], tl.float32)
+    for c in tl.static_range(I // CH):
+        xv = tl.load(act + slots * I + c * CH + columns, mask=live, other=0.0).to(tl.float32)
+        if FP8:
+            block = ids * ((H // 128) * (I // 128)) + (first // 128) * (I // 128)
+            xv *= tl.load(scale + block + c * KB + kb, mask=live, other=0.0).to(tl.float32)
+        at = w + ids * (H * I) + rows * I + c * CH + columns
+        wt = tl.load(at, mask=live, other=0.0, eviction_policy="evict_first")
+        acc += row_sums(wt, xv)
+    return acc
+
+
+@triton.jit
+def _down(
+    logits, act, w, scale, sw, sscale, res, y,
+    E: tl.constexpr, TOP: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BN: tl.constexpr,
+    KE: tl.constexpr, KB: tl.constexpr, FP8: tl.constexpr, BF16: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    first = tl.program_id(0) * BN
+    size: tl.constexpr = BN * I * w.dtype.element_ty.primitive_bitwidth // 8
+    _, keys = load_keys(logits, E, BF16)
+    lowest = tl.min(keys, axis=0)
+    which = tl.arange(0, 16)
+    ids = tl.zeros([16], tl.int64)
+    for i in tl.static_range(TOP):
+        best = tl.max(keys, axis=0)
+        keys = tl.where(keys == best, lowest, keys)
+        expert = key_index(best, E).to(tl.int64)
+        ids = tl.where(which == i, expert, ids)
+        if PDL:
+            prefetch_l2(w + (expert * H + first) * I, size)
+    gate = tl.sigmoid(tl.load(logits + E, cache_modifier=".cg"))
+    if PDL:
+        prefetch_l2(sw + first * I, size)
+        gdc_wait()
+    acc = tl.zeros([BN], tl.float32)
+    for c in tl.static_range(0, TOP, KE):
+        slots = c + tl.arange(0, KE)
+        mine = tl.sum(tl.where(which[None, :] == slots[:, None], ids[None, :], 0), axis=1)
+        acc += _down_rows(act, w, scale, mine[None, None, :, None], slots[None, None, :, None],
+                          first, (slots < TOP)[None, None, :, None], H, I, BN, KE, KB,
+                          FP8)  # fmt: skip
+    zero = tl.zeros([1], tl.int64)[None, None, :, None]
+    acc += gate * _down_rows(act, sw, sscale, zero, zero + TOP, first, zero == 0, H, I, BN, 1, KB,
+                             FP8)  # fmt: skip
+    at = first + tl.arange(0, BN)
+    acc += tl.load(res + at).to(tl.float32)
+    tl.store(y + at, acc.to(y.dtype.element_ty))
+
+
+def moe(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    router: Tensor,
+    experts: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    shared: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    *,
+    top_k: int,
+    norm_topk_prob: bool = True,
+    eps: float = 1e-6,
+    logits: Tensor | None = None,
+    act: Tensor | None = None,
+    out: Tensor | None = None,
+    pdl: bool = False,
+    config: dict[str, int] | None = None,
+) -> Tensor:
+    """``hidden + moe(rms_norm(hidden))`` of one token (spec section 5).
+
+    Args:
+        hidden: (1, H) residual stream.
+        norm_weight: (H,) zero-centred weight of the norm before the block.
+        router: (E + 1, H), the router's rows and then the shared expert's gate row.
+        experts: gate_up (E, 2I, H), its scales, down (E, H, I), its scales; scales are None for
+            BF16, else (E, rows/128, columns/128).
+        shared: the same without the leading axis.
+        top_k: experts per token.
+        norm_topk_prob: divide the chosen probabilities by their sum.
+        eps: of the norm.
+        logits: fp32 (E + 1,) workspace.
+        act: (top_k + 1, I) workspace in the dtype of ``hidden``.
+        out: (1, H), may be ``hidden``.
+        pdl: launch with programmatic stream serialization.
+        config: ``BR``, ``BN`` rows per program of router and gate_up, ``BD`` of down, ``KE``
+            slots at once, ``warps``.
+    """
+    w1, s1, w2, s2 = experts
+    v1, u1, v2, u2 = shared
+    (e, two, h), i = w1.shape, w2.shape[2]
+    fp8 = s1 is not None
+    c = {"BR": 4, "BN": 8, "BD": 8, "KE": 8, "warps": 4} | (config or {})
+    logits = hidden.new_empty(e + 1, dtype=torch.float32) if logits is None else logits
+    act = hidden.new_empty(top_k + 1, i) if act is None else act
+    out = torch.empty_like(hidden) if out is None else out
+    unit = 4 if fp8 else 2
+    chunks = min(h // (unit * 128), 4 if fp8 else 8)
+    shape = {"H": h, "I": i, "KB": unit, "FP8": fp8, "PDL": pdl}
+    launch = {"num_warps": c["warps"], "launch_pdl": pdl}
+    grid = (i // c["BN"] + triton.cdiv(e + 1, c["BR"]),)
+    _router[grid](
+        hidden, norm_weight, router, v1, u1 if fp8 else v1, logits, act, eps, e, top_k,
+        BR=c["BR"], BN=c["BN"], KC=chunks, KR=min(h // 256, 8), **shape, **launch,
+    )  # fmt: skip
+    bf16 = hidden.dtype == torch.bfloat16
+    _gate_up[(i // c["BN"], top_k)](
+        hidden, norm_weight, logits, w1, s1 if fp8 else w1, act, eps, E=e, TOP=top_k, BN=c["BN"],
+        KC=chunks, BF16=bf16, NORM_TOPK=norm_topk_prob, **shape, **launch,
+    )  # fmt: skip
+    _down[(h // c["BD"],)](
+        logits, act, w2, s2 if fp8 else w2, v2, u2 if fp8 else v2, hidden, out, E=e, TOP=top_k,
+        BN=c["BD"], KE=c["KE"], BF16=bf16, **shape, **launch,
+    )  # fmt: skip
+    return out
