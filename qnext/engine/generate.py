@@ -29,6 +29,7 @@ class Engine:
     Args:
         model: in eval mode; its device is where everything runs.
         options: limits and vocabulary.
+
     """
 
     def __init__(self, model: CausalLM, options: EngineOptions) -> None:
@@ -57,6 +58,7 @@ class Engine:
 
         Raises:
             RequestError: see validation.py.
+
         """
         options = self.options
         check_request(prompt_token_ids, params, options.vocab_size, options.max_model_len)

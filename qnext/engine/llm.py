@@ -11,26 +11,30 @@ from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from qnext.checkpoint import load_model
+from qnext.checkpoint.load import parse_device, parse_dtype
 from qnext.config import ModelConfig
 from qnext.engine.defaults import GenerationDefaults
 from qnext.engine.generate import Engine
 from qnext.engine.options import EngineOptions
 from qnext.engine.outputs import CompletionOutput, RequestOutput, StreamDelta
 from qnext.engine.prompts import ParsedPrompt, Prompt, parse_prompt, parse_prompts
-from qnext.engine.request import Request, RequestText, Sequence as Generation
+from qnext.engine.request import Request, RequestText
+from qnext.engine.request import Sequence as Generation
 from qnext.engine.sampling_params import SamplingParams, nearest_hint
 from qnext.engine.speculative import resolve_num_drafts
 from qnext.engine.stats import EngineStats
-from qnext.engine.text_stream import TextStream
 from qnext.engine.validation import check_request
 from qnext.errors import ConfigError, RequestError
 from qnext.hub import resolve_model
-from qnext.text import ChatTemplate, Tokenizer
+from qnext.layers.model import CausalLM
+
+if TYPE_CHECKING:
+    from qnext.text import ChatTemplate, Tokenizer
 
 Message = dict[str, Any]
 Conversation = list[Message]
@@ -61,6 +65,7 @@ class LLM:
         ConfigError: an unknown option or a value outside its range.
         CheckpointError: the folder cannot be loaded.
         HubError: the model cannot be found or fetched.
+
     """
 
     def __init__(
@@ -83,7 +88,8 @@ class LLM:
         for name in unknown:
             known = [p for p in signature(LLM).parameters if p != "unknown"]
             raise ConfigError(f"LLM has no option {name!r}", hint=nearest_hint(name, known))
-        target = resolve_device(device)
+        target = parse_device(device)
+        wanted = resolve_dtype(dtype, target)
         if max_num_batched_tokens is None:
             max_num_batched_tokens = _PREFILL_TOKENS.get(target.type, _PREFILL_TOKENS_ELSEWHERE)
         _check_count("max_num_seqs", max_num_seqs)
@@ -92,35 +98,39 @@ class LLM:
             raise ConfigError(f"seed={seed!r} must be an integer")
         self.model_path: Path = resolve_model(model, revision=revision, offline=offline)
         self.config: ModelConfig = ModelConfig.from_pretrained(self.model_path)
-        has_mtp = self.config.num_mtp_layers > 0
-        drafts = resolve_num_drafts(num_speculative_tokens, has_mtp=has_mtp)
+        resolve_num_drafts(num_speculative_tokens, has_mtp=True)  # refuse a wrong value early
         longest = longest_context(self.config)
         if max_model_len is not None:
             _check_count("max_model_len", max_model_len, longest)
         self.tokenizer: Tokenizer | None = None
-        self._chat_template: ChatTemplate | None = None
         if not skip_tokenizer_init:
-            place = self.model_path if tokenizer is None else resolve_model(
-                tokenizer, offline=offline
-            )
+            from qnext.text import Tokenizer
+
+            place = self.model_path
+            if tokenizer is not None:
+                place = resolve_model(tokenizer, offline=offline)
             self.tokenizer = Tokenizer.from_pretrained(place)
+        self._chat_template: ChatTemplate | None = None
         self.defaults = GenerationDefaults.from_folder(self.model_path, self.config)
-        self.model = load_model(
-            self.model_path, dtype=resolve_dtype(dtype, target), device=target
-        ).eval()
+        self.model: CausalLM = load_model(self.model_path, dtype=wanted, device=target)
+        self.config = self.model.config
         vocab = self.config.vocab_size
         if self.tokenizer is not None:
-            vocab = min(vocab, len(self.tokenizer))
-        options = EngineOptions(
-            vocab_size=vocab,
-            max_model_len=max_model_len or longest,
-            eos_token_ids=self.defaults.eos_token_ids,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            num_speculative_tokens=drafts,
-            seed=seed,
+            vocab = min(vocab, self.tokenizer.vocab_size)
+        self.engine = Engine(
+            self.model,
+            EngineOptions(
+                vocab_size=vocab,
+                max_model_len=max_model_len or longest,
+                eos_token_ids=self.defaults.eos_token_ids,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                num_speculative_tokens=resolve_num_drafts(
+                    num_speculative_tokens, has_mtp=self.model.mtp is not None
+                ),
+                seed=seed,
+            ),
         )
-        self.engine = Engine(self.model, options)
 
     @property
     def stats(self) -> EngineStats:
@@ -157,6 +167,7 @@ class LLM:
 
         Raises:
             RequestError: a prompt or parameter that can never be served; nothing was run.
+
         """
         parsed = parse_prompts(prompts)
         every = self._params_of(sampling_params, len(parsed))
@@ -194,8 +205,10 @@ class LLM:
         Raises:
             RequestError: as ``generate``.
             TextError: the chat template refuses the messages, or there is none.
+
         """
-        many = messages if messages and not isinstance(messages[0], dict) else [messages]
+        single = not messages or isinstance(messages[0], dict)
+        many = cast("Sequence[Conversation]", [messages] if single else messages)
         render = partial(
             self.render_chat,
             tools=tools,
@@ -214,6 +227,7 @@ class LLM:
 
         Raises:
             RequestError: as ``generate``.
+
         """
         (params,) = self._params_of(sampling_params, 1)
         return self._deltas(self._prepare(parse_prompt(prompt), params))
@@ -249,12 +263,15 @@ class LLM:
         Raises:
             RequestError: no messages, or no tokenizer.
             TextError: the template refuses them, or there is none.
+
         """
         if not messages:
             raise RequestError("the conversation has no messages")
         if self.tokenizer is None:
             raise _no_tokenizer("chat")
         if self._chat_template is None:
+            from qnext.text import ChatTemplate
+
             self._chat_template = ChatTemplate.from_pretrained(self.model_path)
         return self._chat_template.render(
             messages,
@@ -289,6 +306,8 @@ class LLM:
                 if getattr(params, name):
                     raise _no_tokenizer(name)
         else:
+            from qnext.engine.text_stream import TextStream
+
             if ids is None:
                 ids = tokenizer.encode(text or "")
             handling = RequestText(
@@ -303,15 +322,18 @@ class LLM:
     def _deltas(self, make: Callable[[], Request]) -> Iterator[StreamDelta]:
         request = make()
         sent = [(0, 0)] * len(request.sequences)
-        open_ones = list(request.sequences)
+        unsent = list(request.sequences)
         try:
-            while open_ones:
-                self.engine.step()
-                for sequence in open_ones:
+            while unsent:
+                # Another caller's steps may have moved this request while it was suspended here.
+                if not request.finished:
+                    self.engine.step()
+                for sequence in list(unsent):
                     delta, sent[sequence.index] = _news(sequence, *sent[sequence.index])
                     if delta is not None:
+                        if delta.finish_reason is not None:
+                            unsent.remove(sequence)
                         yield delta
-                open_ones = [s for s in open_ones if s.finish_reason is None]
         finally:
             if not request.finished:
                 self.engine.abort(request)
@@ -342,36 +364,15 @@ class LLM:
         )
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """A torch device; "auto" is CUDA where there is one.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"device={str(device)!r} cannot be used here: {first}") from error
-    return found
-
-
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
-    """The dtype to load; "auto" is the checkpoint's on every device.
+    """The dtype to load in: the one place that decides what "auto" means on which device.
+
+    It is the checkpoint's own everywhere for now.
 
     Raises:
         ConfigError: no floating dtype of that name.
     """
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    names |= {"float": torch.float32, "half": torch.float16}
-    if dtype not in names:
-        raise ConfigError(f"dtype={dtype!r} is unknown", hint=nearest_hint(dtype, ["auto", *names]))
-    return names[dtype]
+    return parse_dtype(dtype) or "auto"
 
 
 def longest_context(config: ModelConfig) -> int:
@@ -383,7 +384,9 @@ def longest_context(config: ModelConfig) -> int:
     return max(config.max_position_embeddings, scaled)
 
 
-def _news(sequence: Generation, ids: int, pieces: int) -> tuple[StreamDelta | None, tuple[int, int]]:
+def _news(
+    sequence: Generation, ids: int, pieces: int
+) -> tuple[StreamDelta | None, tuple[int, int]]:
     """What a sequence gained since ``ids`` tokens and ``pieces`` pieces of text were sent."""
     new_ids = sequence.output_ids[ids:]
     new_pieces = sequence.text.pieces[pieces:] if sequence.text else []

@@ -20,6 +20,7 @@ class EngineOptions:
         num_speculative_tokens: MTP drafts per step.
         seed: of the seeds given to requests that bring none.
         draft_override: replaces drafts, for tests.
+
     """
 
     vocab_size: int

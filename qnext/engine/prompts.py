@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from qnext.errors import RequestError
@@ -30,11 +29,12 @@ class ParsedPrompt(NamedTuple):
     token_ids: list[int] | None
 
 
-def parse_prompts(prompts: Prompt | Sequence[Prompt]) -> list[ParsedPrompt]:
+def parse_prompts(prompts: Any) -> list[ParsedPrompt]:
     """One entry per prompt; a single prompt gives a list of one.
 
     Raises:
         RequestError: something that is no prompt.
+
     """
     if hasattr(prompts, "tolist"):  # a tensor or an array of ids
         prompts = prompts.tolist()
@@ -52,6 +52,7 @@ def parse_prompt(prompt: Any) -> ParsedPrompt:
 
     Raises:
         RequestError: it is neither text nor token ids nor a dict of one of them.
+
     """
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()

@@ -24,6 +24,7 @@ class RequestText:
         new_stream: makes the incremental text of one sequence.
         decode_token: one id to its text, for logprobs.
         bad_words: token ids of ``params.bad_words``.
+
     """
 
     new_stream: Callable[[], TextStream] | None = None
@@ -90,7 +91,7 @@ class Request:
         return all(sequence.finish_reason is not None for sequence in self.sequences)
 
     def logprobs_dict(self, raw: RawLogprobs) -> LogprobsAtStep:
-        """vLLM's dict of one step."""
+        """VLLM's dict of one step."""
         decode = self.text.decode_token
         return {
             token: Logprob(logprob, rank, decode(token) if decode else None)
@@ -109,6 +110,7 @@ class Sequence:
         num_computed: tokens the cache slot holds; the rest are the next input.
         drafts: proposed continuation of ``tokens``, to be verified in the next step.
         text: incremental text, None when nobody needs it before the end.
+
     """
 
     request: Request
@@ -152,6 +154,8 @@ class Sequence:
         if self.finish_reason is None:
             self.finish_reason, self.stop_reason, self.error = reason, stop, error
             self.drafts = []
+            if self.text is not None:
+                self.text.finish()
 
     def append(self, token: int, raw: RawLogprobs | None) -> None:
         """Add a sampled token and decide whether it is the last."""

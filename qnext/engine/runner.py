@@ -40,6 +40,7 @@ class Runner:
         options: limits and vocabulary.
         slots: the cache.
         stats: counters to keep.
+
     """
 
     def __init__(
@@ -58,9 +59,7 @@ class Runner:
         """Run the next piece of each prompt, up to the token budget, and sample where it ends."""
         spans = self._pieces(sequences)
         state = self.slots.grown(max(s.start + s.num_rows for s in spans))
-        ids = [
-            token for s in spans for token in s.sequence.tokens[s.start : s.start + s.num_rows]
-        ]
+        ids = [token for s in spans for token in s.sequence.tokens[s.start : s.start + s.num_rows]]
         batch = self._batch([s.num_rows for s in spans], [s.sequence for s in spans])
         hidden = self.model.hidden_states(self._ids(ids), batch, state)
         ends: list[tuple[Span, Sequence]] = []

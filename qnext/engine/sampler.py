@@ -64,6 +64,7 @@ class SamplingState:
         seed: of this sequence alone.
         bad_words: token sequences never completed.
         device: where the logits are.
+
     """
 
     def __init__(
@@ -122,6 +123,7 @@ def process_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
     Returns:
         (R, V): a changed copy, or ``logits`` itself when no row asks for anything.
+
     """
     touched = [i for i, row in enumerate(rows) if row.state.changes_logits]
     if not touched:
@@ -155,7 +157,7 @@ def probs(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         part = logits[index]
         params = [rows[i].state.params for i in members]
         if kind == "greedy":
-            result[index, part.argmax(-1)] = 1
+            result[index, argmax(part)] = 1
         elif kind == "plain":
             result[index] = torch.softmax(part / _values("temperature", params, part), -1)
         else:
@@ -169,6 +171,7 @@ class Sampler:
 
     Args:
         vocab_size: V, ids that may be sampled: columns from V on are padding and are cut off.
+
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -191,7 +194,7 @@ class Sampler:
             index = torch.tensor(members, device=logits.device)
             part = final if len(members) == len(rows) else final[index]
             if kind == "greedy":
-                tokens[index] = part.argmax(-1)
+                tokens[index] = argmax(part)
                 continue
             draws = torch.tensor(
                 [rows[i].state.draw(len(rows[i].drafts)) for i in members], dtype=torch.float64
@@ -210,10 +213,10 @@ class Sampler:
         """Nothing but the most likely token; the sum is finite only if every logit is."""
         count = logits.shape[0]
         if count == 1:
-            row = logits[0]
-            return Sampled([int(row.argmax())], [math.isfinite(float(row.sum()))], [None])
-        finite = torch.isfinite(logits.sum(-1)).tolist()
-        return Sampled(logits.argmax(-1).tolist(), finite, [None] * count)
+            valid = math.isfinite(float(logits.sum()))
+            return Sampled([int(argmax(logits))], [valid], [None])
+        valid_rows = torch.isfinite(logits.sum(-1)).tolist()
+        return Sampled(argmax(logits).tolist(), valid_rows, [None] * count)
 
     @staticmethod
     def _logprobs(raw: Tensor, tokens: Tensor, rows: Sequence[Row]) -> list[RawLogprobs | None]:
@@ -229,6 +232,16 @@ class Sampler:
         return result
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """Index (R,) of the largest of each row (R, V) fp32, the first of equals.
+
+    On a CPU NumPy's is vectorised and torch's (2.13) is not: 2.5 against 28 us for 16,384 logits.
+    """
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
+
+
 def top_logprobs(logits: Tensor, chosen: Tensor, counts: Sequence[int]) -> list[RawLogprobs]:
     """Log-probabilities of the chosen tokens and of the most likely ones.
 
@@ -240,6 +253,7 @@ def top_logprobs(logits: Tensor, chosen: Tensor, counts: Sequence[int]) -> list[
     Returns:
         per row the chosen token first, then the most likely ones; a chosen token that is among
         them is not repeated.
+
     """
     values = torch.log_softmax(logits.float(), -1)
     own = values.gather(1, chosen[:, None])
@@ -288,7 +302,7 @@ def _ban(row: Tensor, state: SamplingState, drafts: Sequence[int]) -> None:
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[list[int], str]]:
-    """Row numbers by how they are drawn, so that one row's filters never cost or change another's."""
+    """Row numbers by how they are drawn: one row's filters never cost or change another's."""
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         params = row.state.params
@@ -314,7 +328,8 @@ def _filtered(
         params: r.
 
     Yields:
-        some of the rows (s of them), their probabilities (s, K) that sum to 1, and token ids (s, K).
+        s of the rows, their probabilities (s, K) that sum to 1, and token ids (s, K).
+
     """
     vocab, rows = logits.shape[1], list(range(len(params)))
     limits = [min(one.top_k or vocab, vocab) for one in params]
@@ -332,7 +347,8 @@ def _filtered(
         if rest:
             found = scaled[rest].sort(dim=-1, descending=True, stable=True)
             some = [params[row] for row in rest]
-            yield rest, _nucleus(found.values, some, [vocab] * len(rest), scaled[rest]), found.indices
+            weights = _nucleus(found.values, some, [vocab] * len(rest), scaled[rest])
+            yield rest, weights, found.indices
         if not rows:
             return
         values, ids, scaled = values[rows], ids[rows], scaled[rows]

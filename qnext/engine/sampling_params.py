@@ -56,6 +56,7 @@ class SamplingParams(BaseModel):
 
     Raises:
         RequestError: an unknown name, or a value outside its range.
+
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -103,7 +104,8 @@ class SamplingParams(BaseModel):
     @classmethod
     def _plain_numbers(cls, value: Any) -> Any:
         """NumPy scalars become Python's."""
-        return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
+        foreign = type(value).__module__ == "numpy" and hasattr(value, "item")
+        return value.item() if foreign else value
 
     @field_validator("stop", "bad_words", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qnext.engine.request import Sequence as Generation
+from qnext.engine.sampler import argmax
 from qnext.errors import ConfigError
 from qnext.layers.model import CausalLM
 from qnext.layers.packed import PackedBatch
@@ -34,6 +35,7 @@ def resolve_num_drafts(asked: int | str | None, *, has_mtp: bool) -> int:
 
     Raises:
         ConfigError: not 0..8, or drafts asked of a model without MTP weights.
+
     """
     if asked == "auto":
         return AUTO_DRAFTS if has_mtp else 0
@@ -60,6 +62,7 @@ class Span:
         rows: (first, last + 1) in the packed hidden states.
         start: absolute position of the first row.
         num_drafts: tokens to draft after the last row, may be 0.
+
     """
 
     sequence: Generation
@@ -95,6 +98,7 @@ class Drafter:
             hidden: (T, H) of the main model after its final norm.
             spans: which rows of it, per sequence.
             state: cache whose ``mtp`` part is extended.
+
         """
         next_ids: list[int] = []
         for span in spans:
@@ -117,7 +121,7 @@ class Drafter:
         active = list(range(len(spans)))
         place = 0
         while True:
-            ids = self.model.logits(hidden)[:, : self.vocab_size].argmax(-1)
+            ids = argmax(self.model.logits(hidden)[:, : self.vocab_size].float())
             for n, token in zip(active, ids.tolist(), strict=True):
                 drafts[n].append(token)
             place += 1

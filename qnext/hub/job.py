@@ -164,21 +164,22 @@ class Job:
         progress.start(str(self.ref), len(every), total)
         meter = Meter(progress, total)
         names = [file.name for file in files]
-        folder, reached = None, -1
-        for left in reversed(range(_TRIES)):
-            have = self._have(self._folder(found), every)
+        have = reached = self._have(self._folder(found), every)
+        tries = 1
+        while True:
             try:
                 folder = self.hub.download(self.ref, found, names, self.local_dir, meter, have)
-                break
             except Exception as error:
                 # Clients differ in what they try again; a try that brought nothing is the last.
-                if not left or meter.done <= reached or not is_unreachable(error):
+                if tries == _TRIES or meter.done <= reached or not is_unreachable(error):
                     raise
                 logger.warning("%s: the connection broke; resuming", self.ref)
-                reached = meter.done
+                tries, reached = tries + 1, meter.done
                 time.sleep(_PAUSE_SECONDS)
-        meter.set(self._have(folder, every))
-        return folder or Path()
+                have = self._have(self._folder(found), every)
+            else:
+                meter.set(self._have(folder, every))
+                return folder
 
     def _have(self, folder: Path | None, files: list[RemoteFile]) -> int:
         """Bytes of ``files`` that are on this machine already."""
@@ -242,5 +243,6 @@ def _stamps(folder: Path | None, files: Sequence[RemoteFile]) -> dict[str, tuple
 
 
 def result_of(folder: Path, files: Sequence[RemoteFile], revision: str | None) -> PullResult:
+    """The result for ``files`` that lie in ``folder``."""
     names = tuple(file.name for file in files)
     return PullResult(folder, names, sum((folder / n).stat().st_size for n in names), revision)

@@ -50,6 +50,7 @@ TINY: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "attention_bias": False,
+    "num_nextn_predict_layers": 1,
     "eos_token_id": 39,
     "bos_token_id": 38,
     "pad_token_id": 38,
@@ -59,12 +60,11 @@ TINY: dict[str, Any] = {
 def tiny_model(seed: int = 0, **changes: Any) -> CausalLM:
     """A random fp32 model whose weights are large enough to prefer some tokens clearly."""
     config = ModelConfig.from_dict({**TINY, **changes})
-    torch.manual_seed(seed)
-    model = build_model(config, dtype=torch.float32, device="cpu").eval()
+    model = build_model(config, seed=seed).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.mul_(0.2 / parameter.std().clamp_min(1e-3))
+                parameter.mul_(0.12 / parameter.std())
         head(model).mul_(5)
     return model
 
@@ -81,17 +81,19 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def logits_of(model: CausalLM, tokens: Sequence[int]) -> torch.Tensor:
-    """(T, VOCAB) logits of a full forward without a cache."""
+def logits_of(model: CausalLM, tokens: Sequence[int], vocab: int = VOCAB) -> torch.Tensor:
+    """(T, vocab) logits of a full forward without a cache."""
     batch = PackedBatch.of([len(tokens)])
-    return model.logits(model.hidden_states(torch.tensor(tokens), batch))[:, :VOCAB].float()
+    return model.logits(model.hidden_states(torch.tensor(tokens), batch))[:, :vocab].float()
 
 
-def greedy_oracle(model: CausalLM, prompt: Sequence[int], count: int) -> list[int]:
+def greedy_oracle(
+    model: CausalLM, prompt: Sequence[int], count: int, vocab: int = VOCAB
+) -> list[int]:
     """``count`` greedy tokens, each by a full forward."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(logits_of(model, tokens)[-1].argmax()))
+        tokens.append(int(logits_of(model, tokens, vocab)[-1].argmax()))
     return tokens[len(prompt) :]
 
 

@@ -5,11 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from qnext.engine.sampling_params import SamplingParams
-from qnext.errors import RequestError
-from qnext.layers.model import CausalLM
-
 from engine_models import (
     VOCAB,
     drain,
@@ -22,6 +17,10 @@ from engine_models import (
     run,
     tiny_model,
 )
+
+from qnext.engine.sampling_params import SamplingParams
+from qnext.errors import RequestError
+from qnext.layers.model import CausalLM
 
 LENGTHS = (1, 2, 3, 5, 17, 33, 70)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -113,7 +112,8 @@ def test_finish_reasons(model: CausalLM) -> None:
     with_eos = GREEDY.replace(ignore_eos=False)
     assert finished(with_eos, eos_token_ids=(target,)) == (*stopped, None)
     assert finished(GREEDY, eos_token_ids=(target,)) == (tokens, "length", None)
-    assert finished(GREEDY.replace(max_tokens=None), max_model_len=10) == (tokens[:4], "length", None)
+    no_limit = GREEDY.replace(max_tokens=None)
+    assert finished(no_limit, max_model_len=10) == (tokens[:4], "length", None)
     assert finished(GREEDY, max_model_len=7) == (tokens[:1], "length", None)
     ids, reason, _ = finished(with_eos.replace(min_tokens=12), eos_token_ids=(target,))
     assert (len(ids), reason) == (12, "length")
@@ -187,9 +187,7 @@ def test_a_damaged_request_fails_alone_and_its_slot_is_clean_again(
     with torch.no_grad():
         model.model.embed_tokens.weight[poison] = math.nan
     prompts = [good[0], [1, poison, 2], good[1], [poison]]
-    requests = run(
-        model, prompts, GREEDY, num_speculative_tokens=k, max_num_seqs=max_num_seqs
-    )
+    requests = run(model, prompts, GREEDY, num_speculative_tokens=k, max_num_seqs=max_num_seqs)
     sequences = [request.sequences[0] for request in requests]
     assert [s.finish_reason for s in sequences] == ["length", "error", "length", "error"]
     assert "not finite" in str(sequences[1].error)

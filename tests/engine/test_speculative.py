@@ -6,15 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from qnext.engine.request import Sequence
-from qnext.engine.sampler import Row, SamplingState, probs
-from qnext.engine.sampling_params import SamplingParams
-from qnext.engine.speculative import resolve_num_drafts
-from qnext.errors import ConfigError
-from qnext.layers.model import CausalLM
-from qnext.layers.packed import PackedBatch
-
 from engine_models import (
     VOCAB,
     drain,
@@ -27,6 +18,14 @@ from engine_models import (
     run,
     tiny_model,
 )
+
+from qnext.engine.request import Sequence
+from qnext.engine.sampler import Row, SamplingState, probs
+from qnext.engine.sampling_params import SamplingParams
+from qnext.engine.speculative import resolve_num_drafts
+from qnext.errors import ConfigError
+from qnext.layers.model import CausalLM
+from qnext.layers.packed import PackedBatch
 
 LENGTHS = (1, 2, 7, 19, 40)
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -140,9 +139,7 @@ def test_sampling_with_drafts_follows_the_exact_distribution(source: str) -> Non
     expected: dict[tuple[int, ...], float] = {}
 
     def distribution(output: tuple[int, ...]) -> list[float]:
-        state = SamplingState(
-            SamplingParams(**values), prompt_ids=prompt, vocab_size=vocab, seed=0
-        )
+        state = SamplingState(SamplingParams(**values), prompt_ids=prompt, vocab_size=vocab, seed=0)
         for token in output:
             state.append(token)
         logits = logits_of(model, [*prompt, *output])[-1:, :vocab] / 4

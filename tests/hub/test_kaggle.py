@@ -19,6 +19,13 @@ def get(model=NAME, **options):
     return pull(model, **{"progress": False, **options})
 
 
+@pytest.fixture(autouse=True)
+def _small_steps(monkeypatch):
+    """The client keeps whole chunks of 1 MiB, and pulls pause before they resume."""
+    monkeypatch.setattr("kagglehub.clients.CHUNK_SIZE", 65536)
+    monkeypatch.setattr("qnext.hub.job._PAUSE_SECONDS", 0)
+
+
 @pytest.fixture
 def served(kaggle, files):
     kaggle.models["org/model/small"] = {1: {**files, "config.json": b'{"v": 1}'}, 2: files}
@@ -49,14 +56,28 @@ def test_pinned_version(served, model):
     assert (result.path / "config.json").read_bytes() == b'{"v": 1}'
 
 
-def test_a_later_pull_resumes_with_a_range(served, files, monkeypatch):
-    monkeypatch.setattr("kagglehub.clients.CHUNK_SIZE", 65536)
+def test_resumes_with_a_range_after_a_cut(served, files):
     served.faults.cut[BIG] = [300_000]
+    assert (get().path / BIG).read_bytes() == files[BIG]
+    starts = [r.range for r in served.requests if served.file_of(r) == BIG]
+    assert 0 < int(starts[-1].removeprefix("bytes=").removesuffix("-")) <= 300_000
+
+
+def test_gives_up_when_nothing_comes(served):
+    served.faults.cut[BIG] = [0] * 20
+    with pytest.raises(HubError, match="cannot be reached"):
+        get()
+    assert len(served.faults.cut[BIG]) > 15
+
+
+def test_a_later_pull_resumes_with_a_range(served, files):
+    served.faults.cut[BIG] = [300_000] + [0] * 20
     with pytest.raises(HubError, match="cannot be reached") as caught:
         get()
     assert "again" in caught.value.hint
     with pytest.raises(HubError, match="incomplete"):
         get(offline=True)
+    served.faults.cut.clear()
     served.requests.clear()
     assert (get().path / BIG).read_bytes() == files[BIG]
     starts = [r.range for r in served.requests if served.file_of(r) == BIG]
@@ -113,17 +134,17 @@ def test_server_down_uses_the_copy(served, caplog):
     assert "no answer" in caplog.text
 
 
-def test_local_dir_and_progress(served, files, fetched, tmp_path, monkeypatch):
-    monkeypatch.setattr("kagglehub.clients.CHUNK_SIZE", 65536)
+def test_local_dir_and_progress(served, files, fetched, tmp_path):
     seen = []
 
     class Recorder(Progress):
         def update(self, done):
             seen.append(done)
 
-    served.faults.cut[BIG] = [300_000]
+    served.faults.cut[BIG] = [300_000] + [0] * 20
     with pytest.raises(HubError):
         get(local_dir=tmp_path / "here")
+    served.faults.cut.clear()
     with pytest.raises(HubError, match="incomplete"):
         get(local_dir=tmp_path / "here", offline=True)
     result = get(local_dir=tmp_path / "here", progress=Recorder())

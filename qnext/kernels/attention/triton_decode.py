@@ -54,19 +54,25 @@ def _split(
     split = tl.program_id(0)
     head = tl.program_id(1)
     seq = tl.program_id(2)
-    past = tl.load(context + seq)
+    if PDL:
+        if DENSE:
+            # may still be the lengths of the step before: good enough to fetch by
+            past = tl.load(context + seq)
+            each = tl.cdiv(tl.cdiv(past + R, NS), BT) * BT
+            start = split * each
+            old = tl.minimum(start + each, past) - start
+            base = tl.load(slots + seq).to(tl.int64) * slot_stride + head * head_stride
+            if old > 0:
+                size = old * (D * 2)
+                prefetch_l2(k_cache + base + start * token_stride, size)
+                prefetch_l2(v_cache + base + start * token_stride, size)
+        gdc_wait()
+    past = tl.load(context + seq, volatile=True)
     total = past + R
     each = tl.cdiv(tl.cdiv(total, NS), BT) * BT
     start = split * each
     stop = tl.minimum(start + each, total)
-    base = tl.load(slots + seq).to(tl.int64) * slot_stride + head * head_stride
-    if PDL:
-        old = tl.minimum(stop, past) - start
-        if DENSE and old > 0:
-            size = old * (D * 2)
-            prefetch_l2(k_cache + base + start * token_stride, size)
-            prefetch_l2(v_cache + base + start * token_stride, size)
-        gdc_wait()
+    base = tl.load(slots + seq, volatile=True).to(tl.int64) * slot_stride + head * head_stride
     d = tl.arange(0, D)
     m = tl.arange(0, M)
     at = ((seq * HKV + head) * NS + split) * M + m

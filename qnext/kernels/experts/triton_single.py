@@ -99,7 +99,7 @@ def _swiglu_rows(
 
 @triton.jit
 def _router(
-    x, norm, router, w, scale, logits, act, eps, E, TOP,
+    x, norm, router, w, scale, logits, act, ahead, eps, E, TOP, AHEAD: tl.constexpr,
     H: tl.constexpr, I: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, KC: tl.constexpr,
     KB: tl.constexpr, KR: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -107,6 +107,8 @@ def _router(
         gdc_launch_dependents()
     pid = tl.program_id(0)
     tiles: tl.constexpr = I // BN
+    if AHEAD > 0:
+        prefetch_l2(ahead + pid.to(tl.int64) * AHEAD, AHEAD)
     if pid < tiles:
         first = pid * BN
         if PDL:
@@ -238,6 +240,7 @@ def moe(
     logits: Tensor | None = None,
     act: Tensor | None = None,
     out: Tensor | None = None,
+    ahead: Tensor | None = None,
     pdl: bool = False,
     config: dict[str, int] | None = None,
 ) -> Tensor:
@@ -256,15 +259,17 @@ def moe(
         logits: fp32 (E + 1,) workspace.
         act: (top_k + 1, I) workspace in the dtype of ``hidden``.
         out: (1, H), may be ``hidden``.
+        ahead: weights of the next layer; the small router kernel asks for their first
+            ``AHEAD`` bytes per program in L2 while memory is otherwise idle.
         pdl: launch with programmatic stream serialization.
         config: ``BR``, ``BN`` rows per program of router and gate_up, ``BD`` of down, ``KE``
-            slots at once, ``warps``.
+            slots at once, ``warps``, ``AHEAD``.
     """
     w1, s1, w2, s2 = experts
     v1, u1, v2, u2 = shared
     (e, two, h), i = w1.shape, w2.shape[2]
     fp8 = s1 is not None
-    c = {"BR": 4, "BN": 8, "BD": 8, "KE": 8, "warps": 4} | (config or {})
+    c = {"BR": 4, "BN": 8, "BD": 8, "KE": 8, "warps": 4, "AHEAD": 0} | (config or {})
     logits = hidden.new_empty(e + 1, dtype=torch.float32) if logits is None else logits
     act = hidden.new_empty(top_k + 1, i) if act is None else act
     out = torch.empty_like(hidden) if out is None else out
@@ -273,8 +278,10 @@ def moe(
     shape = {"H": h, "I": i, "KB": unit, "FP8": fp8, "PDL": pdl}
     launch = {"num_warps": c["warps"], "launch_pdl": pdl}
     grid = (i // c["BN"] + triton.cdiv(e + 1, c["BR"]),)
+    far = ahead is not None and c["AHEAD"] * grid[0] <= ahead.numel() * ahead.element_size()
     _router[grid](
-        hidden, norm_weight, router, v1, u1 if fp8 else v1, logits, act, eps, e, top_k,
+        hidden, norm_weight, router, v1, u1 if fp8 else v1, logits, act,
+        ahead.view(torch.uint8) if far else v1, eps, e, top_k, AHEAD=c["AHEAD"] if far else 0,
         BR=c["BR"], BN=c["BN"], KC=chunks, KR=min(h // 256, 8), **shape, **launch,
     )  # fmt: skip
     bf16 = hidden.dtype == torch.bfloat16

@@ -1,0 +1,207 @@
+"""Packed batches from token shards: deterministic, resumable, nothing lost, nothing mixed.
+
+Documents are shuffled by (seed, epoch), cut into sequences of at most ``seq_len`` tokens and
+laid one after the other until a batch has exactly its tokens. Every sequence starts at position
+zero with empty state, so a packed document sees only itself.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qnext.errors import TrainingError
+from qnext.layers.packed import PackedBatch
+
+IGNORE_INDEX = -100
+
+
+class TokenShards:
+    """One split: flat uint16 tokens in a memory map, and where documents start.
+
+    Raises:
+        TrainingError: files missing or not matching each other.
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        folder = Path(folder)
+        flat, offsets = folder / f"{split}.bin", folder / f"{split}.offsets.npy"
+        for file in (flat, offsets, folder / "manifest.json"):
+            if not file.is_file():
+                raise TrainingError(
+                    f"{file} does not exist", hint="run the data preparation of the recipe first"
+                )
+        self.tokens = np.memmap(flat, dtype=np.uint16, mode="r")
+        self.offsets = np.load(offsets, allow_pickle=False)
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        self.num_bytes = int(manifest[split]["bytes"])
+        if len(self.offsets) < 2 or self.offsets[-1] != len(self.tokens):
+            raise TrainingError(
+                f"{offsets} ends at {self.offsets[-1] if len(self.offsets) else 'nothing'}, but "
+                f"{flat} holds {len(self.tokens)} tokens"
+            )
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document, the closing end-of-text included."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """What one micro step needs.
+
+    Attributes:
+        input_ids: (T,) int64.
+        labels: (depth + 1, T) int64; row d holds the token d + 1 ahead inside the same
+            sequence, IGNORE_INDEX where there is none.
+        packed: how the tokens are cut.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    packed: PackedBatch
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """Copy to a device without waiting."""
+        if device.type == "cpu":
+            return self
+        packed = PackedBatch(
+            positions=self.packed.positions.pin_memory().to(device, non_blocking=True),
+            lengths=self.packed.lengths,
+            cu_seqlens=self.packed.cu_seqlens.pin_memory().to(device, non_blocking=True),
+            context_lens=self.packed.context_lens,
+        )
+        return TrainBatch(
+            self.input_ids.pin_memory().to(device, non_blocking=True),
+            self.labels.pin_memory().to(device, non_blocking=True),
+            packed,
+        )
+
+
+def make_batch(sequences: list[np.ndarray], depth: int) -> TrainBatch:
+    """Pack sequences; labels never cross from one to the next."""
+    lengths = [len(s) for s in sequences]
+    flat = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    starts = np.repeat(bounds[:-1], lengths)
+    ends = np.repeat(bounds[1:], lengths)
+    place = np.arange(bounds[-1])
+    labels = torch.full((depth + 1, len(flat)), IGNORE_INDEX)
+    for d in range(depth + 1):
+        inside = torch.from_numpy(place + d + 1 < ends)
+        labels[d, inside] = flat[torch.from_numpy(place + d + 1)[inside]]
+    packed = PackedBatch(
+        positions=torch.from_numpy(place - starts),
+        lengths=tuple(lengths),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        context_lens=(0,) * len(lengths),
+    )
+    return TrainBatch(flat, labels, packed)
+
+
+class PackedLoader:
+    """An endless, resumable stream of :class:`TrainBatch`.
+
+    ``state_dict`` describes the position before the next batch.
+    """
+
+    def __init__(
+        self, shards: TokenShards, tokens: int, seq_len: int, depth: int, seed: int
+    ) -> None:
+        self.shards, self.tokens, self.seq_len = shards, tokens, seq_len
+        self.depth, self.seed = depth, seed
+        self.epoch, self.index, self.offset = 0, 0, 0
+        self._order: np.ndarray | None = None
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, place in its order, token offset in that document."""
+        return {"epoch": self.epoch, "index": self.index, "offset": self.offset}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from ``state_dict``."""
+        self.epoch, self.index, self.offset = state["epoch"], state["index"], state["offset"]
+        self._order = None
+
+    def next(self) -> TrainBatch:
+        """The next batch of exactly ``tokens`` tokens."""
+        sequences: list[np.ndarray] = []
+        room = self.tokens
+        while room:
+            if self._order is None:
+                rng = np.random.default_rng((self.seed, self.epoch))
+                self._order = rng.permutation(len(self.shards))
+            document = self.shards.document(self._order[self.index])
+            piece = document[self.offset : self.offset + min(self.seq_len, room)]
+            sequences.append(piece)
+            room -= len(piece)
+            self.offset += len(piece)
+            if self.offset >= len(document):
+                self.offset, self.index = 0, self.index + 1
+            if self.index >= len(self._order):
+                self.epoch, self.index, self._order = self.epoch + 1, 0, None
+        return make_batch(sequences, self.depth)
+
+
+def prefetch(loader: PackedLoader, ahead: int = 3) -> Iterator[tuple[TrainBatch, dict[str, int]]]:
+    """Batches built on a thread, each with the loader's position after it."""
+    ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
+    stop = threading.Event()
+
+    def offer(item: Any) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                batch = loader.next()
+                offer((batch, loader.state_dict()))
+        except BaseException as error:  # handed to the consumer below
+            offer(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="qnext-data")
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def heldout_batches(
+    shards: TokenShards, tokens: int, seq_len: int, depth: int
+) -> Iterator[TrainBatch]:
+    """Every document once, in order, in batches of about ``tokens`` tokens."""
+    sequences: list[np.ndarray] = []
+    size = 0
+    for index in range(len(shards)):
+        document = shards.document(index)
+        for start in range(0, len(document), seq_len):
+            piece = document[start : start + seq_len]
+            if size + len(piece) > tokens and sequences:
+                yield make_batch(sequences, depth)
+                sequences, size = [], 0
+            sequences.append(piece)
+            size += len(piece)
+    if sequences:
+        yield make_batch(sequences, depth)

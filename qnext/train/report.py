@@ -1,0 +1,141 @@
+"""What a run tells: a progress line, metrics as JSON lines, plots."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from qnext.config import ModelConfig
+from qnext.weights import disk_tensors
+
+log = logging.getLogger(__name__)
+# Dense BF16 rate by device name, FLOP/s, for the model FLOP utilisation.
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, mtp_depth: int) -> float:
+    """Training FLOPs of one token: 6 per active matrix element, plus attention and delta rule.
+
+    Attention counts the causal half; MTP layers count once per depth; recomputation never.
+    """
+    idle = 1.0
+    if config.num_experts:
+        idle = config.num_experts_per_tok / config.num_experts
+    main = mtp = 0.0
+    for tensor in disk_tensors(config, fused_experts=True):
+        name = tensor.name
+        if len(tensor.shape) < 2 or tensor.optional or name.endswith("embed_tokens.weight"):
+            continue
+        used = tensor.numel * (idle if ".mlp.experts." in name else 1.0)
+        if name.startswith("mtp."):
+            mtp += used
+        else:
+            main += used
+    head = config.vocab_size * config.hidden_size
+    if config.tie_word_embeddings:
+        main += head
+    full = sum(kind == "full_attention" for kind in config.layer_types)
+    delta = config.num_hidden_layers - full
+    attention = full * 6 * seq_len * config.num_attention_heads * config.head_dim
+    state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    return 6 * (main + mtp_depth * (mtp + head)) + attention + delta * 3 * 6 * state
+
+
+class Report:
+    """Writes ``metrics.jsonl`` and a line of progress; on a terminal, a bar."""
+
+    def __init__(self, folder: Path, steps: int, start: int, flops: float, peak: float | None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.steps, self.flops, self.peak = folder, steps, flops, peak
+        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.started = self.last = time.perf_counter()
+        self.last_step = start
+        self.bar = _bar(steps, start)
+
+    def step(self, step: int, tokens: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Record the values of ``step`` (1-based); rates are over the steps since the last."""
+        now = time.perf_counter()
+        done = max(step - self.last_step, 1)
+        rate = done * tokens / max(now - self.last, 1e-9)
+        row = {"step": step, **values, "tokens_per_s": rate}
+        if self.peak:
+            row["mfu"] = rate * self.flops / self.peak
+        row["eta_s"] = (self.steps - step) * (now - self.last) / done
+        self.last, self.last_step = now, step
+        self.write(row)
+        shown = {k: v for k, v in row.items() if isinstance(v, float | int)}
+        text = " ".join(f"{k}={v:.4g}" for k, v in shown.items() if k != "step")
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=step, description=text)
+        else:
+            log.info("step=%d/%d %s", step, self.steps, text)
+        return row
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one JSON line."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """End the bar and the file."""
+        if self.bar is not None:
+            self.bar.stop()
+        self.file.close()
+
+
+def _bar(steps: int, start: int) -> Any:
+    import sys
+
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    bar = Progress(
+        BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"),
+        console=Console(stderr=True),
+    )  # fmt: skip
+    bar.add_task("", total=steps, completed=start)
+    bar.start()
+    return bar
+
+
+def plot(folder: Path) -> list[Path]:
+    """Loss, gradient norm and expert load as PNG; needs matplotlib (extra ``train``)."""
+    try:
+        import matplotlib
+    except ImportError:
+        log.warning("matplotlib is not installed; no plots (pip install 'qnext[train]')")
+        return []
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    steps = [r for r in rows if "loss" in r]
+    made = []
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="next token")
+    if any(r.get("mtp_loss") for r in steps):
+        left.plot([r["step"] for r in steps], [r["mtp_loss"] for r in steps], label="MTP")
+    left.set(xlabel="step", ylabel="loss (nats per token)", title="training loss")
+    left.legend()
+    right.semilogy([r["step"] for r in steps], [r["grad_norm"] for r in steps])
+    right.set(xlabel="step", title="gradient norm before clipping")
+    made.append(folder / "loss.png")
+    figure.savefig(made[-1], dpi=110)
+    loads = [r["expert_load"] for r in rows if r.get("expert_load")]
+    if loads:
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(loads[-1], aspect="auto", cmap="viridis", vmin=0)
+        axes.set(xlabel="expert", ylabel="sparse layer (the last one: MTP)",
+                 title="expert load at the end (1 = perfectly balanced)")  # fmt: skip
+        figure.colorbar(image)
+        made.append(folder / "expert_load.png")
+        figure.savefig(made[-1], dpi=110)
+    return made

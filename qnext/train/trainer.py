@@ -1,0 +1,214 @@
+"""One step, one loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qnext.checkpoint import build_model, save_model
+from qnext.checkpoint.load import parse_device, parse_dtype
+from qnext.config import ModelConfig
+from qnext.errors import ConfigError, TrainingError
+from qnext.train.config import TrainConfig, dump_recipe
+from qnext.train.data import IGNORE_INDEX, PackedLoader, TokenShards, TrainBatch, prefetch
+from qnext.train.evaluate import Evaluation, evaluate
+from qnext.train.loss import compute_losses
+from qnext.train.optim import MasterAdamW
+from qnext.train.report import PEAK, Report, flops_per_token, plot
+from qnext.train.resume import load_checkpoint, save_checkpoint
+from qnext.train.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains one model on one device as its recipe says, and goes on where it stopped.
+
+    Raises:
+        ConfigError: a recipe that does not fit together.
+        TrainingError: data that do not fit the model.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.device = parse_device(config.device)
+        self.output = Path(config.output)
+        self.model_config = ModelConfig.from_dict(config.model)
+        if config.data.batch_tokens % config.data.micro_batches:
+            raise ConfigError(
+                f"data.batch_tokens {config.data.batch_tokens} does not divide into "
+                f"{config.data.micro_batches} micro batches"
+            )
+        dtype = parse_dtype(config.dtype)
+        if dtype is None:
+            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.depth = config.loss.mtp_depth if self.model_config.num_mtp_layers else 0
+        self.shards = TokenShards(config.data.shards, "train")
+        self.heldout = TokenShards(config.data.shards, "heldout")
+        self._check_vocabulary()
+        model = build_model(self.model_config, "float32", self.device, seed=config.seed)
+        self.model = model.to(dtype)
+        self.optimizer = MasterAdamW(self.model, config.optimizer)
+        self.loader = PackedLoader(
+            self.shards,
+            config.data.batch_tokens // config.data.micro_batches,
+            config.data.seq_len,
+            self.depth,
+            config.seed,
+        )
+        self.step_done = 0
+        self.position = self.loader.state_dict()
+
+    def _check_vocabulary(self) -> None:
+        largest = int(self.shards.tokens[: 1 << 22].max(initial=0))
+        if largest >= self.model_config.vocab_size:
+            raise TrainingError(
+                f"the shards hold token {largest}, the model's vocabulary ends at "
+                f"{self.model_config.vocab_size - 1}",
+                hint="tokenise with the recipe's tokenizer, or correct model.vocab_size",
+            )
+
+    def run(self) -> Path:
+        """Train to the end (or to ``stop_after_s``), evaluate, export; the exported folder."""
+        config = self.config
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        (self.output / "run.toml").write_text(dump_recipe(config), encoding="utf-8")
+        peak = None
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            peak = next((v for k, v in PEAK.items() if k in name), None)
+            torch.set_float32_matmul_precision("high")
+        flops = flops_per_token(self.model_config, config.data.seq_len, self.depth)
+        report = Report(self.output, config.steps, self.step_done, flops, peak)
+        batches = prefetch(self.loader)
+        started = time.perf_counter()
+        try:
+            while self.step_done < config.steps:
+                values = self._step(batches)
+                step = self.step_done
+                if step % config.log_every == 0 or step == config.steps:
+                    row = report.step(step, config.data.batch_tokens, _numbers(values))
+                    self._watch(row)
+                if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                    report.write({"step": step, "heldout": self.evaluate().to_dict()})
+                late = config.stop_after_s and time.perf_counter() - started > config.stop_after_s
+                if late or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                    self.checkpoint()
+                if late:
+                    log.info("stopped step=%d after %.0f s", step, config.stop_after_s)
+                    break
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+        self.checkpoint()
+        result = self.evaluate()
+        report.write({"step": self.step_done, "heldout": result.to_dict()})
+        log.info("heldout %s", json.dumps(result.to_dict()))
+        report.close()
+        plot(self.output)
+        return self.export(result)
+
+    def _step(self, batches: Any) -> dict[str, Tensor | float | list[Tensor]]:
+        """One optimizer step; every value stays on the device."""
+        pieces: list[TrainBatch] = []
+        for _ in range(self.config.data.micro_batches):
+            batch, self.position = next(batches)
+            pieces.append(batch)
+        valid = sum((b.labels != IGNORE_INDEX).sum(1) for b in pieces)
+        assert isinstance(valid, Tensor)
+        valid = valid.clamp(min=1).to(self.device)
+        main: Any = 0.0
+        mtp: Any = 0.0
+        balance: Any = 0.0
+        seen: list[Tensor] = []
+        for piece in pieces:
+            losses = compute_losses(
+                self.model, piece.to(self.device), self.config.loss, valid, len(pieces), seen
+            )
+            losses.total.backward()
+            main, mtp = main + losses.main, mtp + losses.mtp
+            balance = balance + losses.balance
+            pairs = zip(seen, losses.counts, strict=True) if seen else None
+            seen = [a + b for a, b in pairs] if pairs is not None else losses.counts
+        lr = learning_rate(self.step_done, self.config.steps, self.config.optimizer)
+        norm = self.optimizer.step(lr)
+        self.step_done += 1
+        return {"loss": main, "mtp_loss": mtp, "balance": balance, "grad_norm": norm, "lr": lr,
+                "expert_load": seen}  # fmt: skip
+
+    def _watch(self, row: dict[str, Any]) -> None:
+        """The update of a non-finite step was skipped on the device; say so, or give up."""
+        finite = row["loss"] == row["loss"] and abs(row["loss"]) != float("inf")
+        if not finite:
+            raise TrainingError(
+                f"the loss of step {row['step']} is {row['loss']}",
+                hint="lower optimizer.lr or raise warmup_steps, then go on from the checkpoint",
+            )
+        if row["grad_norm"] != row["grad_norm"] or row["grad_norm"] == float("inf"):
+            log.warning("step=%d had a non-finite gradient and was skipped", row["step"])
+
+    def evaluate(self) -> Evaluation:
+        """Score the held-out split."""
+        tokens = min(self.config.data.batch_tokens, 65536)
+        return evaluate(self.model, self.heldout, self.config.data.seq_len, tokens)
+
+    def checkpoint(self) -> None:
+        """Write everything needed to go on."""
+        facts = {"step": self.step_done, "data": self.position, "recipe": dump_recipe(self.config)}
+        save_checkpoint(self.output, self.optimizer.tensors(), facts)
+
+    def _resume(self) -> None:
+        found = load_checkpoint(self.output)
+        if found is None:
+            return
+        tensors, facts = found
+        old, new = facts["recipe"], dump_recipe(self.config)
+        changed = [
+            b for a, b in zip(_model_lines(old), _model_lines(new), strict=False) if a != b
+        ]
+        if changed or len(_model_lines(old)) != len(_model_lines(new)):
+            raise TrainingError(
+                f"{self.output} holds a run of another model or other data: {changed[:3]}",
+                hint="choose another output folder, or remove this one",
+            )
+        self.optimizer.load_tensors(tensors)
+        self.step_done, self.position = facts["step"], facts["data"]
+        self.loader.load_state_dict(self.position)
+        log.info("resumed step=%d from %s", self.step_done, self.output)
+
+    def export(self, result: Evaluation) -> Path:
+        """Write the Hugging Face folder ``output/model`` in BF16, with the figures beside it."""
+        folder = save_model(
+            self.model,
+            self.output / "model",
+            dtype=torch.bfloat16,
+            extra_files=self.config.data.tokenizer,
+        )
+        text = json.dumps({"steps": self.step_done, **result.to_dict()}, indent=2)
+        (self.output / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        return folder
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Read the device values of a step: the only synchronisation, once per log line."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "expert_load":
+            out[key] = [
+                [round(x, 3) for x in (c.float() / c.float().mean()).tolist()] for c in value
+            ]
+        else:
+            out[key] = float(value)
+    return out
+
+
+def _model_lines(recipe: str) -> list[str]:
+    """The lines that must not change between a run and its continuation."""
+    _, _, rest = recipe.partition("[model]")
+    return [line for line in rest.partition("[optimizer]")[0].splitlines() if line.strip()]
