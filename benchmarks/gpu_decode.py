@@ -16,7 +16,7 @@ Predictions (written before the first run; bytes / 4.26 TB/s + 0.7 us a launch w
     vLLM 4.71 ms, floor 0.96 ms. Batch 8: floor 3.54 ms, predicted 5.0, vLLM 7.53 ms.
 """
 
-# ruff: noqa: T201
+# ruff: noqa: T201, RUF012
 from __future__ import annotations
 
 import argparse
@@ -41,7 +41,7 @@ from qnext.kernels.linear import reference as linear_reference
 from qnext.kernels.linear import triton as linear
 from qnext.kernels.linear.triton import prefetch_l2
 
-H, I, E, TOP, V = 2048, 512, 512, 10, 151936
+H, F, E, TOP, V = 2048, 512, 512, 10, 151936
 HEADS, KV_HEADS, HEAD_DIM, ROTARY = 16, 2, 256, 64
 HK, HV, DK = 16, 32, 128
 CHANNELS = 2 * HK * DK + HV * DK
@@ -177,7 +177,7 @@ class Switch:
 
 
 KERNELS = {"_gemv", "_skinny", "_router", "_gate_up", "_down", "_choose", "_dispatch", "_delta",
-           "_grouped_gate_up", "_grouped_down", "_combine", "_split", "_merge", "_finish"}  # fmt: skip
+           "_grouped_gate_up", "_grouped_down", "_combine", "_split", "_merge", "_finish"}  # fmt: skip  # noqa: E501
 FAMILIES = ["gdn_in", "gdn_delta", "gdn_out", "att_in", "att", "att_out", "router", "route",
             "gate_up", "down", "combine", "head", "finish"]  # fmt: skip
 
@@ -237,8 +237,8 @@ class Model:
                 }  # fmt: skip
             layer |= {
                 "router": normal(E + 1, H),
-                "experts": (*matrix(E, 2 * I, H), *matrix(E, H, I)),
-                "shared": (*matrix(2 * I, H), *matrix(H, I)),
+                "experts": (*matrix(E, 2 * F, H), *matrix(E, H, F)),
+                "shared": (*matrix(2 * F, H), *matrix(H, F)),
             }
             self.layers.append(layer)
         self.embed, self.head = normal(V, H), torch.empty(V, H, dtype=bf, device=device)
@@ -267,9 +267,9 @@ class Model:
         self.qkv = torch.empty(batch, HEADS * 2 * HEAD_DIM + 2 * KV_HEADS * HEAD_DIM, dtype=bf,
                                device=dev)  # fmt: skip
         self.mixed = torch.empty(batch, HV * DK, dtype=bf, device=dev)
-        self.act = torch.empty(TOP + 1, I, dtype=bf, device=dev)
+        self.act = torch.empty(TOP + 1, F, dtype=bf, device=dev)
         self.router_logits = torch.empty(E + 1, dtype=f32, device=dev)
-        self.buffers = grouped.workspace(batch, TOP, H, I, E, bf, dev)
+        self.buffers = grouped.workspace(batch, TOP, H, F, E, bf, dev)
         self.splits = attention.splits_for(batch, KV_HEADS, context)
         self.parts = attention.workspace(batch, 1, HEADS, KV_HEADS, HEAD_DIM, self.splits, dev)
         self.logits = torch.empty(batch, V, dtype=bf, device=dev)
@@ -290,7 +290,8 @@ class Model:
                 layer["state"].zero_()
                 layer["window"].zero_()
         self.counter.copy_(torch.arange(self.batch, device=self.device) * 13)
-        self.tokens.copy_((torch.arange(self.batch, device=self.device) * 1013 + 5) % V)
+        lane = torch.arange(self.batch, device=self.device)
+        self.tokens.copy_((lane * 1013 + 5) % V)
         self.lens.fill_(self.context)
         self.h.copy_(self.embed[self.tokens.long()])
         angle = self.context * self.inv_freq
@@ -360,7 +361,7 @@ class Model:
         total = self.head.numel() * 2.0
         for layer in self.layers:
             total += layer["in"][0].numel() + layer["out"][0].numel()
-            total += (E + 1) * H * 2 + (experts + 1) * 3 * H * I
+            total += (E + 1) * H * 2 + (experts + 1) * 3 * H * F
             if layer["full"]:
                 total += self.batch * self.context * KV_HEADS * HEAD_DIM * 4
             else:
@@ -534,7 +535,7 @@ def _tiny(x, PDL: tl.constexpr):
 
 
 def micro(device: str) -> dict[str, float]:
-    """us per dependent tiny kernel (132 programs) in a graph, without and with PDL."""
+    """Time in us per dependent tiny kernel (132 programs) in a graph, without and with PDL."""
     x, out = torch.zeros(132 * 128, device=device), {}
     for pdl in (False, True):
 
@@ -547,7 +548,7 @@ def micro(device: str) -> dict[str, float]:
 
 
 def families(m: Model) -> dict[str, tuple[float, float]]:
-    """ms of each family alone over all layers, with and without PDL."""
+    """Time in ms of each family alone over all layers, with and without PDL."""
     out = {}
     for name in FAMILIES:
         Switch.ON = {name}
@@ -585,7 +586,7 @@ SWEEPS = {
 
 
 def sweep(m: Model) -> dict[str, dict[str, float]]:
-    """ms of a family over all layers for a few launch configurations."""
+    """Time in ms of a family over all layers for a few launch configurations."""
     out: dict[str, dict[str, float]] = {}
     for key, (family, configs) in SWEEPS[1 if m.batch == 1 else 0].items():
         Switch.ON = {family}
@@ -603,7 +604,7 @@ def sweep(m: Model) -> dict[str, dict[str, float]]:
 
 
 def look_ahead(m: Model) -> dict[str, float]:
-    """ms of the whole step when the router kernel fetches the next layer's first weights."""
+    """Time in ms of the step when the router kernel fetches the next layer's first weights."""
     out = {}
     for size in (0, 16384, 32768, 65536, 98304) if m.batch == 1 else ():
         m.config = {"moe": {"AHEAD": size}}
@@ -616,7 +617,7 @@ def family_bytes(m: Model, name: str, experts: float) -> float:
     """Bytes a family must read and write in one step."""
     gdn = sum(not x["full"] for x in m.layers)
     full = len(m.layers) - gdn
-    one = 3 * H * I
+    one = 3 * H * F
     t = m.batch
     table = {
         "gdn_in": gdn * (12288 * H + 64 * H * 2), "gdn_delta": gdn * t * HV * DK * DK * 8,

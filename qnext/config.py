@@ -198,6 +198,9 @@ def _read(data: dict[str, Any]) -> ModelConfig:
         kind = kind or data.get("model_type")
     if isinstance(kind, str):
         kind = kind.removesuffix("_text")
+    if "num_local_experts" in data:  # how transformers 5 writes it for Qwen3-MoE
+        data = {"num_experts": data["num_local_experts"], **data}
+        del data["num_local_experts"]
     if kind not in ARCHITECTURES:
         raise ConfigError(
             f"model_type {kind!r} is not known",

@@ -21,7 +21,6 @@ class GenerationDefaults:
     Attributes:
         eos_token_ids: every id that ends a text.
         sampling: values for SamplingParams.
-
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -33,7 +32,6 @@ class GenerationDefaults:
 
         Raises:
             ConfigError: the file is no JSON object or holds values that cannot be used.
-
         """
         path = folder / "generation_config.json"
         if not path.is_file():

@@ -29,7 +29,6 @@ class Engine:
     Args:
         model: in eval mode; its device is where everything runs.
         options: limits and vocabulary.
-
     """
 
     def __init__(self, model: CausalLM, options: EngineOptions) -> None:
@@ -45,6 +44,7 @@ class Engine:
         self._runner = Runner(model, options, self.slots, self.stats)
         self._seeds = random.Random(options.seed)
         self._next_id = 0
+        self._stepping = False
 
     def add_request(
         self,
@@ -58,7 +58,6 @@ class Engine:
 
         Raises:
             RequestError: see validation.py.
-
         """
         options = self.options
         check_request(prompt_token_ids, params, options.vocab_size, options.max_model_len)
@@ -85,11 +84,15 @@ class Engine:
         return request
 
     def abort(self, request: Request) -> None:
-        """End a request now and free what it holds; finished sequences keep their reason."""
+        """End a request and free what it holds; finished sequences keep their reason.
+
+        Within a step (a collected iterator may call this) the slots are freed at the step's end.
+        """
         for sequence in request.sequences:
             sequence.finish("abort")
         self.waiting = deque(s for s in self.waiting if s.request is not request)
-        self._leave()
+        if not self._stepping:
+            self._leave()
 
     @property
     def has_work(self) -> bool:
@@ -103,6 +106,7 @@ class Engine:
         After an exception (an interrupt too) every running sequence is back in the queue with its
         tokens and will be recomputed, since its cache may be half written.
         """
+        self._stepping = True
         try:
             if self.waiting:
                 self._admit()
@@ -123,6 +127,8 @@ class Engine:
         except BaseException:
             self._requeue()
             raise
+        finally:
+            self._stepping = False
 
     def _admit(self) -> None:
         """Give free slots to waiting sequences, oldest first."""
@@ -132,6 +138,8 @@ class Engine:
         waiting = list(self.waiting)
         kept: list[Sequence] = []
         for place, sequence in enumerate(waiting):
+            if sequence.finish_reason is not None:
+                continue
             if not self.slots.num_free:
                 kept += waiting[place:]
                 break

@@ -65,7 +65,6 @@ class LLM:
         ConfigError: an unknown option or a value outside its range.
         CheckpointError: the folder cannot be loaded.
         HubError: the model cannot be found or fetched.
-
     """
 
     def __init__(
@@ -103,24 +102,26 @@ class LLM:
         if max_model_len is not None:
             _check_count("max_model_len", max_model_len, longest)
         self.tokenizer: Tokenizer | None = None
+        self._chat_template: ChatTemplate | None = None
+        self._words_path = self.model_path
+        vocab, unused = self.config.vocab_size, tuple[int, ...]()
         if not skip_tokenizer_init:
             from qnext.text import Tokenizer
 
-            place = self.model_path
             if tokenizer is not None:
-                place = resolve_model(tokenizer, offline=offline)
-            self.tokenizer = Tokenizer.from_pretrained(place)
-        self._chat_template: ChatTemplate | None = None
+                self._words_path = resolve_model(tokenizer, offline=offline)
+            self.tokenizer = Tokenizer.from_pretrained(self._words_path)
+            padding = self.tokenizer.padding_ids(vocab)
+            vocab = self.tokenizer.vocab_size
+            unused = tuple(token for token in padding if token < vocab)
         self.defaults = GenerationDefaults.from_folder(self.model_path, self.config)
         self.model: CausalLM = load_model(self.model_path, dtype=wanted, device=target)
         self.config = self.model.config
-        vocab = self.config.vocab_size
-        if self.tokenizer is not None:
-            vocab = min(vocab, self.tokenizer.vocab_size)
         self.engine = Engine(
             self.model,
             EngineOptions(
                 vocab_size=vocab,
+                unused_ids=unused,
                 max_model_len=max_model_len or longest,
                 eos_token_ids=self.defaults.eos_token_ids,
                 max_num_seqs=max_num_seqs,
@@ -167,7 +168,6 @@ class LLM:
 
         Raises:
             RequestError: a prompt or parameter that can never be served; nothing was run.
-
         """
         parsed = parse_prompts(prompts)
         every = self._params_of(sampling_params, len(parsed))
@@ -205,7 +205,6 @@ class LLM:
         Raises:
             RequestError: as ``generate``.
             TextError: the chat template refuses the messages, or there is none.
-
         """
         single = not messages or isinstance(messages[0], dict)
         many = cast("Sequence[Conversation]", [messages] if single else messages)
@@ -227,7 +226,6 @@ class LLM:
 
         Raises:
             RequestError: as ``generate``.
-
         """
         (params,) = self._params_of(sampling_params, 1)
         return self._deltas(self._prepare(parse_prompt(prompt), params))
@@ -263,7 +261,6 @@ class LLM:
         Raises:
             RequestError: no messages, or no tokenizer.
             TextError: the template refuses them, or there is none.
-
         """
         if not messages:
             raise RequestError("the conversation has no messages")
@@ -272,7 +269,7 @@ class LLM:
         if self._chat_template is None:
             from qnext.text import ChatTemplate
 
-            self._chat_template = ChatTemplate.from_pretrained(self.model_path)
+            self._chat_template = ChatTemplate.from_pretrained(self._words_path)
         return self._chat_template.render(
             messages,
             tools=tools,

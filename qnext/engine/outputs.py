@@ -65,7 +65,6 @@ class CompletionOutput:
         finish_reason: "stop", "length", "abort" or "error"; None while it runs.
         stop_reason: the stop string or stop token id; None for the model's own end token.
         error: what went wrong, with ``finish_reason == "error"``.
-
     """
 
     index: int

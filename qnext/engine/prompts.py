@@ -34,7 +34,6 @@ def parse_prompts(prompts: Any) -> list[ParsedPrompt]:
 
     Raises:
         RequestError: something that is no prompt.
-
     """
     if hasattr(prompts, "tolist"):  # a tensor or an array of ids
         prompts = prompts.tolist()
@@ -52,7 +51,6 @@ def parse_prompt(prompt: Any) -> ParsedPrompt:
 
     Raises:
         RequestError: it is neither text nor token ids nor a dict of one of them.
-
     """
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()

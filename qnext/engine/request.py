@@ -24,7 +24,6 @@ class RequestText:
         new_stream: makes the incremental text of one sequence.
         decode_token: one id to its text, for logprobs.
         bad_words: token ids of ``params.bad_words``.
-
     """
 
     new_stream: Callable[[], TextStream] | None = None
@@ -110,7 +109,6 @@ class Sequence:
         num_computed: tokens the cache slot holds; the rest are the next input.
         drafts: proposed continuation of ``tokens``, to be verified in the next step.
         text: incremental text, None when nobody needs it before the end.
-
     """
 
     request: Request

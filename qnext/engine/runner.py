@@ -40,7 +40,6 @@ class Runner:
         options: limits and vocabulary.
         slots: the cache.
         stats: counters to keep.
-
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Runner:
     ) -> None:
         self.model, self.options, self.slots, self.stats = model, options, slots, stats
         self.device = next(model.parameters()).device
-        self._sampler = Sampler(options.vocab_size)
+        self._sampler = Sampler(options.vocab_size, options.unused_ids)
         self._drafter: Drafter | None = None
         if options.num_speculative_tokens:
             self._drafter = Drafter(

@@ -22,6 +22,9 @@ from qnext.engine.sampling_params import SamplingParams
 _DRAW_BITS = 48
 """Draws are multiples of 2^-48 below 1, so draw * total < total in float64."""
 
+_NEVER = -1e30
+"""Logit of ids without a token: probability exactly 0."""
+
 _SORTED = 512
 """Most likely tokens looked at first when only top_p or min_p limits them."""
 
@@ -64,7 +67,6 @@ class SamplingState:
         seed: of this sequence alone.
         bad_words: token sequences never completed.
         device: where the logits are.
-
     """
 
     def __init__(
@@ -123,7 +125,6 @@ def process_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
     Returns:
         (R, V): a changed copy, or ``logits`` itself when no row asks for anything.
-
     """
     touched = [i for i, row in enumerate(rows) if row.state.changes_logits]
     if not touched:
@@ -171,24 +172,27 @@ class Sampler:
 
     Args:
         vocab_size: V, ids that may be sampled: columns from V on are padding and are cut off.
-
+        unused_ids: ids below V that no token has.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, unused_ids: Sequence[int] = ()) -> None:
         self.vocab_size = vocab_size
+        self._unused: Tensor | None = None
+        if unused_ids:
+            self._unused = torch.tensor(unused_ids, dtype=torch.long)
 
     def __call__(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:
         """Tokens for ``logits`` (R, >= V) of any dtype; ``rows`` has R entries."""
         logits = logits[:, : self.vocab_size].float()
+        if self._unused is not None:  # finite, so that a sum still tells damaged rows
+            self._unused = self._unused.to(logits.device)
+            logits = logits.index_fill(1, self._unused, _NEVER)
         if all(row.state.plain_greedy for row in rows):
             return self._greedy(logits)
-        finite = torch.isfinite(logits.sum(-1))
-        raw = torch.where(finite[:, None], logits, 0.0)
-        final = process_logits(raw, rows)
-        if final is not raw:  # every token of a row may have been forbidden
-            possible = final.amax(-1) > -torch.inf
-            final = torch.where(possible[:, None], final, 0.0)
-            finite &= possible
+        valid = torch.isfinite(logits.sum(-1))
+        final = process_logits(logits, rows)
+        if final is not logits:  # every token of a row may have been forbidden
+            valid &= final.amax(-1) > -torch.inf
         tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
         for members, kind in _groups(rows):
             index = torch.tensor(members, device=logits.device)
@@ -207,7 +211,7 @@ class Sampler:
                 for some, weights, ids in _filtered(part, params):
                     picked = _invert(weights, draws[some])
                     tokens[index[some]] = ids.gather(1, picked[:, None])[:, 0]
-        return Sampled(tokens.tolist(), finite.tolist(), self._logprobs(raw, tokens, rows))
+        return Sampled(tokens.tolist(), valid.tolist(), self._logprobs(logits, tokens, rows))
 
     def _greedy(self, logits: Tensor) -> Sampled:
         """Nothing but the most likely token; the sum is finite only if every logit is."""
@@ -253,7 +257,6 @@ def top_logprobs(logits: Tensor, chosen: Tensor, counts: Sequence[int]) -> list[
     Returns:
         per row the chosen token first, then the most likely ones; a chosen token that is among
         them is not repeated.
-
     """
     values = torch.log_softmax(logits.float(), -1)
     own = values.gather(1, chosen[:, None])
@@ -329,50 +332,50 @@ def _filtered(
 
     Yields:
         s of the rows, their probabilities (s, K) that sum to 1, and token ids (s, K).
-
     """
     vocab, rows = logits.shape[1], list(range(len(params)))
     limits = [min(one.top_k or vocab, vocab) for one in params]
-    scaled = logits / _values("temperature", params, logits)
-    width = min(max(limits), _SORTED) if min(limits) == vocab else max(limits)
-    values, ids = scaled.topk(width, -1)
-    if width < max(limits):
-        # The nucleus nearly always lies in the first few; only the other rows pay for a sort.
-        min_p = _values("min_p", params, logits)
-        mass = (values - scaled.logsumexp(-1, keepdim=True)).exp().sum(-1, keepdim=True)
-        reached = (min_p == 0) & (mass >= _values("top_p", params, logits))
-        enough = (reached | (values[:, -1:] < values[:, :1] + min_p.log()))[:, 0].tolist()
-        rest = [row for row in rows if not enough[row]]
-        rows = [row for row in rows if enough[row]]
-        if rest:
-            found = scaled[rest].sort(dim=-1, descending=True, stable=True)
-            some = [params[row] for row in rest]
-            weights = _nucleus(found.values, some, [vocab] * len(rest), scaled[rest])
-            yield rest, weights, found.indices
-        if not rows:
-            return
-        values, ids, scaled = values[rows], ids[rows], scaled[rows]
-    some = [params[row] for row in rows]
-    yield rows, _nucleus(values, some, [limits[row] for row in rows], scaled), ids
+    temperature = _values("temperature", params, logits)
+    if min(limits) < vocab or vocab <= _SORTED:
+        values, ids = logits.topk(max(limits), -1)
+        yield rows, _nucleus(values / temperature, params, limits, None), ids
+        return
+    # The nucleus nearly always lies in the first few; only the other rows pay for a sort.
+    scaled = logits / temperature
+    total = scaled.logsumexp(-1, keepdim=True)
+    values, ids = scaled.topk(_SORTED, -1)
+    min_p = _values("min_p", params, logits)
+    reached = (values - total).exp().sum(-1, keepdim=True) >= _values("top_p", params, logits)
+    reached = ((min_p == 0) & reached) | (values[:, -1:] < values[:, :1] + min_p.log())
+    enough = reached[:, 0].tolist()
+    for kept in (True, False):
+        rows = [row for row in range(len(params)) if enough[row] is kept]
+        if rows:
+            some = [params[row] for row in rows]
+            if kept:
+                found, order = values[rows], ids[rows]
+            else:
+                found, order = scaled[rows].sort(dim=-1, descending=True, stable=True)
+            yield rows, _nucleus(found, some, [vocab] * len(rows), total[rows]), order
 
 
 def _nucleus(
-    values: Tensor, params: Sequence[SamplingParams], limits: Sequence[int], scaled: Tensor
+    values: Tensor, params: Sequence[SamplingParams], limits: Sequence[int], total: Tensor | None
 ) -> Tensor:
     """Probabilities (r, K) of the first K logits in falling order; each filter keeps a prefix.
 
-    ``scaled`` (r, V) are all logits over the temperature: without min_p and top_k they are the
-    whole that top_p is a share of.
+    ``total`` (r, 1) is the log of the whole that top_p is a share of where min_p is off; None
+    means that what is kept is the whole.
     """
-    keep = values >= values[:, :1] + _values("min_p", params, values).log()
+    min_p = _values("min_p", params, values)
     place = torch.arange(values.shape[1], device=values.device)
+    keep = values >= values[:, :1] + min_p.log()
     keep &= place < torch.tensor(limits).to(values.device)[:, None]
     values = values.masked_fill(~keep, -torch.inf)
-    vocab = scaled.shape[1]
-    cut = torch.tensor([0 < one.top_k < vocab or one.min_p > 0 for one in params])
-    cut = cut.to(values.device)
-    total = torch.where(cut, values.logsumexp(-1), scaled.logsumexp(-1))
-    weights = (values - total[:, None]).exp()
+    whole = values.logsumexp(-1, keepdim=True)
+    if total is not None:
+        whole = torch.where(min_p > 0, whole, total)
+    weights = (values - whole).exp()
     before = weights.cumsum(-1) - weights
     weights = weights.masked_fill((before >= _values("top_p", params, values)) & (place > 0), 0.0)
     return weights / weights.sum(-1, keepdim=True)
@@ -387,8 +390,10 @@ def _values(name: str, params: Sequence[SamplingParams], like: Tensor) -> Tensor
 def _invert(weights: Tensor, draws: Tensor) -> Tensor:
     """Index (r,) at which the running sum of ``weights`` (r, K) passes ``draws`` (r,) in [0, 1).
 
-    Exact zeros are never picked: the running sum does not pass anything there.
+    Exact zeros are never picked: the running sum does not pass anything there. A row that is not
+    a distribution gives some index in range.
     """
     running = weights.double().cumsum(-1)
     target = (draws * running[:, -1])[:, None]
-    return torch.searchsorted(running, target, right=True)[:, 0]
+    found = torch.searchsorted(running, target, right=True)[:, 0]
+    return found.clamp_max(weights.shape[1] - 1)

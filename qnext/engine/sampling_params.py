@@ -56,7 +56,6 @@ class SamplingParams(BaseModel):
 
     Raises:
         RequestError: an unknown name, or a value outside its range.
-
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

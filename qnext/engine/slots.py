@@ -17,7 +17,6 @@ class CacheSlots:
         model: gives the state.
         max_slots: most sequences at the same time.
         max_tokens: most cache rows a slot ever needs.
-
     """
 
     def __init__(self, model: CausalLM, *, max_slots: int, max_tokens: int) -> None:
@@ -44,7 +43,6 @@ class CacheSlots:
         Args:
             wanted: sequences that would like to sit.
             num_tokens: cache rows of the first of them.
-
         """
         wanted = min(wanted, self.max_slots)
         if wanted <= self.num_slots or self.num_free < self.num_slots:

@@ -35,7 +35,6 @@ def resolve_num_drafts(asked: int | str | None, *, has_mtp: bool) -> int:
 
     Raises:
         ConfigError: not 0..8, or drafts asked of a model without MTP weights.
-
     """
     if asked == "auto":
         return AUTO_DRAFTS if has_mtp else 0
@@ -62,7 +61,6 @@ class Span:
         rows: (first, last + 1) in the packed hidden states.
         start: absolute position of the first row.
         num_drafts: tokens to draft after the last row, may be 0.
-
     """
 
     sequence: Generation
@@ -98,7 +96,6 @@ class Drafter:
             hidden: (T, H) of the main model after its final norm.
             spans: which rows of it, per sequence.
             state: cache whose ``mtp`` part is extended.
-
         """
         next_ids: list[int] = []
         for span in spans:

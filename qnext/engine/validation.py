@@ -21,7 +21,6 @@ def check_request(
 
     Raises:
         RequestError: empty or too long prompt, or an id outside the vocabulary.
-
     """
     if not prompt_token_ids:
         raise RequestError(
@@ -44,7 +43,6 @@ def check_token_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
 
     Raises:
         RequestError: naming the first such id.
-
     """
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:

@@ -5,8 +5,9 @@ This room knows no torch and no model. Read tokenizer.py, then chat.py, detokeni
 
 from __future__ import annotations
 
-from qnext.text.chat import ChatTemplate, RenderedChat, default_template, normalize_messages
+from qnext.text.chat import ChatTemplate, RenderedChat, default_template
 from qnext.text.detokenize import IncrementalDetokenizer, StopChecker
+from qnext.text.messages import normalize_messages
 from qnext.text.parse import (
     ContentDelta,
     ParsedMessage,

@@ -1,7 +1,7 @@
 """Messages to a prompt through the checkpoint's own Jinja template, run in a sandbox.
 
-Messages are checked first, so that a wrong one is named by its index instead of giving a wrong prompt.
-The character spans of what the assistant wrote come out as well, for the loss mask of fine-tuning.
+Messages are checked first (messages.py); the sandbox and its limits are in sandbox.py. The spans
+of what the assistant wrote come out as well, for the loss mask of fine-tuning.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jinja2.exceptions import TemplateError
 
 from qnext.errors import TextError
 from qnext.text import sandbox
+from qnext.text.messages import check_tools, normalize_messages, plain
 
-ROLES = ("system", "user", "assistant", "tool")
 OPTIONS = frozenset(
     {
         "add_vision_id",
@@ -74,8 +74,8 @@ class ChatTemplate:
     def from_pretrained(cls, folder: str | Path, *, default: str | None = None) -> ChatTemplate:
         """Template of a checkpoint folder.
 
-        Looks for ``chat_template.jinja``, then ``chat_template`` in ``tokenizer_config.json`` (one text
-        or a list of ``{"name", "template"}``), then falls back to our own ``default`` kind if given.
+        Looks for ``chat_template.jinja``, then ``chat_template`` in ``tokenizer_config.json`` (a
+        text or a list of ``{"name", "template"}``), then takes our own ``default`` if given.
 
         Raises:
             TextError: there is none, or it is damaged.
@@ -146,7 +146,7 @@ class ChatTemplate:
             **options: values for the template, names from `OPTIONS`; None counts as not given.
 
         Raises:
-            TextError: a message, tool or option is wrong, or the template refuses or breaks a limit.
+            TextError: a message, tool or option is wrong; the template refuses or breaks a limit.
         """
         unknown = sorted(set(options) - OPTIONS)
         if unknown:
@@ -154,8 +154,8 @@ class ChatTemplate:
                 f"unknown chat template option {', '.join(unknown)}",
                 hint=f"known are {', '.join(sorted(OPTIONS))}",
             )
-        given = {k: _plain(v, k) for k, v in options.items() if v is not None}
-        checked = _check_tools(tools) if tools else None
+        given = {k: plain(v, k) for k, v in options.items() if v is not None}
+        checked = check_tools(tools) if tools else None
         context = {
             **self._special_tokens,
             "documents": None,
@@ -172,9 +172,7 @@ class ChatTemplate:
         return "default" if "default" in self.sources else next(iter(self.sources))
 
 
-def default_template(
-    kind: str, *, special_tokens: Mapping[str, str] | None = None
-) -> ChatTemplate:
+def default_template(kind: str, *, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate:
     """Our own template with Qwen's prompt: "instruct", "thinking" or "coder" (tools as XML).
 
     Raises:
@@ -184,117 +182,6 @@ def default_template(
         raise TextError(f"no chat template of kind {kind!r}", hint=f"kinds: {', '.join(KINDS)}")
     file = resources.files("qnext.text") / "templates" / f"{kind}.jinja"
     return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens=special_tokens)
-
-
-def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Check messages and bring them to the one form that templates read.
-
-    Content becomes a text (text parts are joined), "developer" becomes "system", "reasoning" becomes
-    "reasoning_content", tool call arguments given as JSON text become objects. None values are dropped.
-
-    Raises:
-        TextError: naming the index of the message that cannot be used.
-    """
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise TextError(
-            "messages must be a list with at least one message",
-            hint='for example [{"role": "user", "content": "Hello"}]',
-        )
-    return [_normalize(message, f"message {i}") for i, message in enumerate(messages)]
-
-
-def _normalize(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise TextError(f"{where} is {type(message).__name__}, not an object with role and content")
-    found = {k: _plain(v, f"{where}: {k}") for k, v in message.items() if v is not None}
-    role = found.get("role")
-    role = found["role"] = "system" if role == "developer" else role
-    if role not in ROLES:
-        raise TextError(f"{where}: role is {role!r}", hint=f"roles: {', '.join(ROLES)}, developer")
-    reasoning = found.pop("reasoning", None)
-    reasoning = found.setdefault("reasoning_content", reasoning)
-    if reasoning is None:
-        del found["reasoning_content"]
-    elif not isinstance(reasoning, str):
-        raise TextError(f"{where}: reasoning_content is not text")
-    calls = found.pop("tool_calls", None)
-    if calls:
-        if role != "assistant":
-            raise TextError(f"{where}: tool_calls in a {role} message")
-        if not isinstance(calls, list):
-            raise TextError(f"{where}: tool_calls is {type(calls).__name__}, not a list")
-        found["tool_calls"] = [
-            _normalize_call(call, f"{where}: tool call {i}") for i, call in enumerate(calls)
-        ]
-    if "content" not in found and not calls and reasoning is None:
-        raise TextError(f"{where}: no content", hint="only a tool call may come without content")
-    found["content"] = _content_text(found.get("content", ""), where)
-    return found
-
-
-def _content_text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise TextError(f"{where}: content is {type(content).__name__}, not text")
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind not in ("text", "input_text", "output_text"):
-            raise TextError(
-                f"{where}: content part {i} is {kind!r}", hint="the model reads text parts only"
-            )
-        if not isinstance(part.get("text"), str):
-            raise TextError(f"{where}: content part {i} has no text")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _normalize_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise TextError(f"{where} has no function name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise TextError(f"{where}: arguments are not JSON: {error}") from error
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise TextError(f"{where}: arguments are {type(arguments).__name__}, not an object")
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _check_tools(tools: Sequence[Mapping[str, Any]]) -> list[Any]:
-    checked = []
-    for i, tool in enumerate(tools):
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise TextError(
-                f"tool {i} has no function name",
-                hint='{"type": "function", "function": {"name": ..., "parameters": {...}}}',
-            )
-        checked.append(_plain(tool, f"tool {i}"))
-    return checked
-
-
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy made of JSON types only: a template must not reach methods of richer objects."""
-    if depth > 64:
-        raise TextError(f"{where} is nested more than 64 deep")
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise TextError(f"{where} has a key that is not text")
-        return {str(k): _plain(v, where, depth + 1) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, where, depth + 1) for item in value]
-    raise TextError(f"{where} holds {type(value).__name__}; only JSON values can be shown")
 
 
 def _content(token: Any) -> str:

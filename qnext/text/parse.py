@@ -1,6 +1,6 @@
 """What a model says, taken apart while it streams: reasoning, content, tool calls.
 
-Two machines in a row (reasoning, then tool calls), each reading any split of the text to the same events.
+Two machines in a row (reasoning, then tool calls); any split of the text gives the same sums.
 Which ones are needed follows from the chat template: `parser_for`. Bodies of calls: toolcalls.py.
 """
 
@@ -36,7 +36,7 @@ class ContentDelta:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One whole call: its place among the calls, function name, arguments as JSON text of an object."""
+    """One whole call: place among the calls, function name, arguments (JSON text of an object)."""
 
     index: int
     name: str
@@ -71,8 +71,8 @@ class ParsedMessage:
 class ReasoningParser:
     """Separates reasoning from the rest.
 
-    The newlines that the template puts around both (after ``<think>``, around ``</think>``) belong to
-    neither. Without ``opened`` only a ``<think>`` at the very beginning of the answer starts reasoning.
+    The newlines that the template puts after ``<think>`` and around ``</think>`` belong to neither.
+    Without ``opened`` only a ``<think>`` at the very beginning of the answer starts reasoning.
 
     Args:
         opened: the prompt has already opened the reasoning.
@@ -103,7 +103,8 @@ class ReasoningParser:
                 self._state, self._skip_newlines, text = "answer", True, rest
             else:
                 keep = held_prefix(text, END_THINK)
-                shown = text[: len(text) - keep].rstrip("\n")  # newlines before the tag are not shown
+                # newlines may belong to the closing tag: they wait for what follows
+                shown = text[: len(text) - keep].rstrip("\n")
                 self._held = text[len(shown) :]
                 return self._headless(shown), ""
         return reasoning, self._headless(text)
@@ -125,8 +126,8 @@ class ReasoningParser:
 class ToolParser:
     """Separates tool calls between ``<tool_call>`` and ``</tool_call>`` from content.
 
-    Newlines before a call and blanks after it are not content. What stands between the tags and is no
-    call stays content, tags included, so nothing the model said is lost.
+    Newlines before a call and blanks after it are not content. What stands between the tags and is
+    no call stays content, tags included, so nothing the model said is lost.
     """
 
     def __init__(self, body: ToolCallBody) -> None:
@@ -233,7 +234,7 @@ class ParserFormat:
     tools: Literal["hermes", "coder_xml"] | None = None
 
     def start(self, prompt: str = "", tools: Sequence[Mapping[str, Any]] | None = None) -> Parser:
-        """Parser for the answer to ``prompt``; tool calls are looked for only if ``tools`` are given."""
+        """Parser for the answer to ``prompt``; calls are looked for only if ``tools`` are given."""
         opened = prompt.rstrip().endswith(THINK)
         reasoning = ReasoningParser(opened=opened) if self.reasoning or opened else None
         if not tools or self.tools is None:

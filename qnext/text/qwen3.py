@@ -1,6 +1,6 @@
 """The Qwen3 tokenizer built from its tiktoken ranks: same vocabulary, merges and added tokens.
 
-For machines that have the ranks (a Python package) but no tokenizer.json. See tokenizer.py for its use.
+For machines that have the ranks (a Python package) but no tokenizer.json. Next: tokenizer.py.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ SPLIT_PATTERN = (
 
 
 def qwen3_tokenizer_from_ranks(ranks: Mapping[bytes, int]) -> Backend:
-    """Build the tokenizer from ``ranks`` (token bytes to id, ids 0..n-1, all single bytes included).
+    """Build the tokenizer from ``ranks`` (token bytes to id, ids 0..n-1, all single bytes too).
 
-    A merge is the last step by which lower ranks join a token's bytes into two parts, so the list of
-    merges follows from the ranks alone; 151,643 ranks give 151,387 merges.
+    A merge is the last step by which lower ranks join a token's bytes into two parts, so the list
+    of merges follows from the ranks alone; 151,643 ranks give 151,387 merges.
 
     Raises:
         TextError: the ranks are not a complete byte-level BPE.

@@ -1,4 +1,4 @@
-"""The Jinja sandbox that chat templates run in: they come from the network, so they are not trusted.
+"""The Jinja sandbox of chat templates: they come from the network, so they are not trusted.
 
 Like the environment of transformers (blocks trimmed, `tojson`, `raise_exception`, `strftime_now`,
 `{% generation %}`), with every loop turn and macro call counted and every growing string measured.
@@ -23,8 +23,8 @@ from jinja2.visitor import NodeTransformer
 
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_OUTPUT_CHARS = 32 * 1024 * 1024
-MAX_STEPS = 1_000_000
-"""Loop turns plus macro calls of one rendering; also what one `range` may span is 100,000 (Jinja)."""
+MAX_STEPS = 300_000
+"""Loop turns plus macro calls of one rendering; a `range` may span 100,000 (Jinja's limit)."""
 
 _PADDING = frozenset({"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"})
 _MAX_INT_BITS = 4096
@@ -90,6 +90,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """No sandboxed `str.format` either: a width in it may be any number."""
+        return None
+
     def step(self) -> str:
         """Count one loop turn or macro call."""
         render = current.get()
@@ -120,6 +124,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Any call, with a text `replace` or `join` measured before and every result after."""
+        if getattr(obj, "__func__", None) is Sandbox.step:
+            return obj()
         name, text = getattr(obj, "__name__", ""), getattr(obj, "__self__", None)
         if isinstance(text, str) and name == "replace" and len(args) > 1:
             _check(len(text) + (len(text) + 1) * len(str(args[1])))

@@ -1,7 +1,7 @@
 """A checkpoint's own byte-level BPE tokenizer: text to ids and back, and which ids mean what.
 
-The heavy work is done by the `tokenizers` library; here are the facts a model's runtime needs beside it
-(end tokens, special against merely added tokens, embedding rows without a token). Next: detokenize.py.
+The `tokenizers` library does the heavy work; here are the facts a runtime needs beside it: end
+tokens, special against merely added tokens, embedding rows without a token. Next: detokenize.py.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
         """Load the tokenizer of a checkpoint folder.
 
-        Reads ``tokenizer.json`` and, where present, ``tokenizer_config.json``, ``special_tokens_map.json``,
-        ``generation_config.json`` (end tokens) and else ``config.json``.
+        Reads ``tokenizer.json`` and, where present, ``tokenizer_config.json``,
+        ``special_tokens_map.json``, ``generation_config.json`` (end tokens) or ``config.json``.
 
         Raises:
-            TextError: ``tokenizer.json`` is missing, or one of the files is damaged or contradicts it.
+            TextError: ``tokenizer.json`` is missing, or a file is damaged or contradicts it.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -106,7 +106,7 @@ class Tokenizer:
         return cls(backend, special_tokens=named, eos_token_ids=_eos_ids(folder))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; added tokens written out in it are recognised, nothing is prepended."""
+        """Ids of ``text``; added tokens written out in it are recognised, nothing is prepended."""
         return list(self.backend.encode(_encodable(text), add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -115,7 +115,7 @@ class Tokenizer:
         return [list(one.ids) for one in found]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``; bytes that are no UTF-8 become U+FFFD, ids without a token give nothing."""
+        """Text of ``ids``; bytes that are no UTF-8 give U+FFFD, ids without a token nothing."""
         kept = self.special_ids if skip_special_tokens else frozenset[int]()
         raw = b"".join(self.token_bytes(i) for i in ids if i not in kept)
         return raw.decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Inside of one tool call: JSON (Hermes, Qwen3) or XML (Qwen3-Coder) to a name and JSON arguments."""
+"""Inside of a tool call: JSON (Hermes, Qwen3) or XML (Coder) to a name and JSON arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ToolCallBody(Protocol):
     """How the text between ``<tool_call>`` and ``</tool_call>`` is read."""
 
     def may_end(self, body: str) -> bool:
-        """Whether a closing tag after ``body`` closes the call (False: it stands inside a value)."""
+        """Whether a closing tag after ``body`` closes the call; False inside of a value."""
 
     def read(self, body: str) -> Call | None:
         """The call, None if ``body`` is none."""
@@ -42,7 +42,7 @@ class HermesBody:
 
 
 class CoderXmlBody:
-    """``<function=NAME>`` with one ``<parameter=KEY>`` per argument; types follow the tool's schema.
+    """``<function=NAME>`` with one ``<parameter=KEY>`` per argument; types follow the schema.
 
     Args:
         tools: the definitions the model was shown. Values of unknown parameters stay texts.
@@ -105,9 +105,9 @@ def _typed(text: str, schema: Any) -> Any:
         value = int(value)
     for name in types:
         fits = isinstance(value, _TYPES.get(name, ()))
-        if fits and (name == "boolean" or not isinstance(value, bool)):
-            if name == "null" or "string" not in types:
-                return value
+        fits = fits and (name == "boolean" or not isinstance(value, bool))
+        if fits and (name == "null" or "string" not in types):
+            return value
     return text
 
 

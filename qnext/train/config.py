@@ -42,8 +42,10 @@ class OptimizerConfig(_Section):
     grad_clip: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
     decay_fraction: float = Field(default=0.3, ge=0, le=1)
-    """Share of the steps in which the rate falls linearly to ``final_lr_ratio``."""
+    """Share of the run in which the rate falls linearly to ``final_lr_ratio``."""
     final_lr_ratio: float = Field(default=0.02, ge=0)
+    spike_factor: float = Field(default=0.0, ge=0)
+    """Skip a step whose gradient norm is so many times its running mean; 0 never."""
 
 
 class LossConfig(_Section):
@@ -77,6 +79,9 @@ class TrainConfig(_Section):
     """Steps between checkpoints to resume from; 0 only at the end."""
     stop_after_s: float = Field(default=0.0, ge=0)
     """Write a checkpoint and stop after so many seconds; a second call goes on. 0: never."""
+    time_limit_s: float = Field(default=0.0, ge=0)
+    """Seconds for the whole run, all calls together: the decay begins in time to end by then,
+    with fewer than ``steps`` steps if need be. 0: ``steps`` alone decides."""
 
 
 def load_recipe(path: Path, overrides: list[str]) -> TrainConfig:

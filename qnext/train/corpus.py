@@ -127,11 +127,14 @@ def compose(blocks: Iterable[Block], seen: set[bytes]) -> Iterator[str]:
     follows = in_list = False
     for kind, raw in blocks:
         if kind == "heading":
-            heading, term, follows, in_list = clean(raw)[:120], "", False, False
+            title = clean(raw)[:120]
+            keep = heading.split("\n\n")[0] if heading and not parts else ""
+            heading = f"{keep}\n\n{title}" if keep not in ("", title) else title
+            term, follows, in_list = "", False, False
             continue
         if kind == "term":
             term = clean(raw)
-            term = term if len(term) <= 100 else ""
+            term = term if len(term) <= 100 and _WORD.search(term) else ""
             continue
         if kind == "code":
             body = _JUNK.sub("", unicodedata.normalize("NFC", raw)).expandtabs(4).strip("\n")
@@ -266,17 +269,19 @@ def extract_source(source: Source, work: Path) -> dict[str, Any]:
 
 
 def _compose_source(source: Source, work: Path, seen: set[bytes]) -> list[_Document]:
-    budget = (source.max_mb or float("inf")) * 1e6
     documents = []
     with (work / "extracted" / f"{source.name}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
-            for text in compose(((k, t) for k, t in json.loads(line)), seen):
-                document = _Document(text, source.name)
-                budget -= document.size
-                if budget < 0:
-                    return documents
-                documents.append(document)
-    return documents
+            blocks = ((kind, text) for kind, text in json.loads(line))
+            documents += [_Document(text, source.name) for text in compose(blocks, seen)]
+    if source.max_mb is None:
+        return documents
+    kept, size = set(), 0
+    for d in sorted(documents, key=lambda d: d.digest):
+        size += d.size
+        if size <= source.max_mb * 1e6:
+            kept.add(d.digest)
+    return [d for d in documents if d.digest in kept]
 
 
 def build_corpus(sources: Path, work: Path, out: Path, *, jobs: int = 2) -> dict[str, Any]:
@@ -294,6 +299,8 @@ def build_corpus(sources: Path, work: Path, out: Path, *, jobs: int = 2) -> dict
     listed = read_sources(sources)
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
+    for source in listed:
+        fetch(source, work)
     with ProcessPoolExecutor(jobs) as pool:
         infos = list(pool.map(functools.partial(extract_source, work=work), listed))
     seen: set[bytes] = set()

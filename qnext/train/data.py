@@ -1,7 +1,7 @@
 """Packed batches from token shards: deterministic, resumable, nothing lost, nothing mixed.
 
-Documents are shuffled by (seed, epoch), cut into sequences of at most ``seq_len`` tokens and
-laid one after the other until a batch has exactly its tokens. Every sequence starts at position
+Documents are cut evenly into sequences of at most ``seq_len`` tokens; all sequences are shuffled
+by (seed, epoch) and laid one after the other until a batch has exactly its tokens. Every sequence starts at position
 zero with empty state, so a packed document sees only itself.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,27 +67,34 @@ class TrainBatch:
         labels: (depth + 1, T) int64; row d holds the token d + 1 ahead inside the same
             sequence, IGNORE_INDEX where there is none.
         packed: how the tokens are cut.
+        valid: labels that count, for each depth.
     """
 
     input_ids: Tensor
     labels: Tensor
     packed: PackedBatch
+    valid: tuple[int, ...]
+
+    def pin(self) -> TrainBatch:
+        """Into page-locked memory, from which a GPU copies without the host waiting."""
+        packed = replace(
+            self.packed,
+            positions=self.packed.positions.pin_memory(),
+            cu_seqlens=self.packed.cu_seqlens.pin_memory(),
+        )
+        ids, labels = self.input_ids.pin_memory(), self.labels.pin_memory()
+        return TrainBatch(ids, labels, packed, self.valid)
 
     def to(self, device: torch.device) -> TrainBatch:
-        """Copy to a device without waiting."""
-        if device.type == "cpu":
-            return self
-        packed = PackedBatch(
-            positions=self.packed.positions.pin_memory().to(device, non_blocking=True),
-            lengths=self.packed.lengths,
-            cu_seqlens=self.packed.cu_seqlens.pin_memory().to(device, non_blocking=True),
-            context_lens=self.packed.context_lens,
+        """Copy to a device; without waiting, if pinned."""
+        packed = replace(
+            self.packed,
+            positions=self.packed.positions.to(device, non_blocking=True),
+            cu_seqlens=self.packed.cu_seqlens.to(device, non_blocking=True),
         )
-        return TrainBatch(
-            self.input_ids.pin_memory().to(device, non_blocking=True),
-            self.labels.pin_memory().to(device, non_blocking=True),
-            packed,
-        )
+        ids = self.input_ids.to(device, non_blocking=True)
+        labels = self.labels.to(device, non_blocking=True)
+        return TrainBatch(ids, labels, packed, self.valid)
 
 
 def make_batch(sequences: list[np.ndarray], depth: int) -> TrainBatch:
@@ -108,7 +115,8 @@ def make_batch(sequences: list[np.ndarray], depth: int) -> TrainBatch:
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         context_lens=(0,) * len(lengths),
     )
-    return TrainBatch(flat, labels, packed)
+    valid = tuple((labels != IGNORE_INDEX).sum(1).tolist())
+    return TrainBatch(flat, labels, packed, valid)
 
 
 class PackedLoader:
@@ -124,9 +132,10 @@ class PackedLoader:
         self.depth, self.seed = depth, seed
         self.epoch, self.index, self.offset = 0, 0, 0
         self._order: np.ndarray | None = None
+        self._starts, self._stops = _segments(shards.offsets, seq_len)
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, place in its order, token offset in that document."""
+        """Epoch, place in its order, token offset in that sequence."""
         return {"epoch": self.epoch, "index": self.index, "offset": self.offset}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -141,21 +150,34 @@ class PackedLoader:
         while room:
             if self._order is None:
                 rng = np.random.default_rng((self.seed, self.epoch))
-                self._order = rng.permutation(len(self.shards))
-            document = self.shards.document(self._order[self.index])
-            piece = document[self.offset : self.offset + min(self.seq_len, room)]
+                self._order = rng.permutation(len(self._starts))
+            number = self._order[self.index]
+            start, stop = self._starts[number] + self.offset, self._stops[number]
+            piece = self.shards.tokens[start : min(stop, start + room)]
             sequences.append(piece)
             room -= len(piece)
             self.offset += len(piece)
-            if self.offset >= len(document):
+            if start + len(piece) == stop:
                 self.offset, self.index = 0, self.index + 1
             if self.index >= len(self._order):
                 self.epoch, self.index, self._order = self.epoch + 1, 0, None
         return make_batch(sequences, self.depth)
 
 
-def prefetch(loader: PackedLoader, ahead: int = 3) -> Iterator[tuple[TrainBatch, dict[str, int]]]:
-    """Batches built on a thread, each with the loader's position after it."""
+def _segments(offsets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and end of every sequence: documents cut into the fewest pieces, of even length."""
+    sizes = np.diff(offsets)
+    pieces = -(-sizes // seq_len)
+    document = np.repeat(np.arange(len(sizes)), pieces)
+    nth = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    size, count, base = sizes[document], pieces[document], offsets[:-1][document]
+    return base + nth * size // count, base + (nth + 1) * size // count
+
+
+def prefetch(
+    loader: PackedLoader, ahead: int = 3, pin: bool = False
+) -> Generator[tuple[TrainBatch, dict[str, int]], None, None]:
+    """Batches built (and pinned) on a thread, each with the loader's position after it."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
     stop = threading.Event()
 
@@ -171,7 +193,7 @@ def prefetch(loader: PackedLoader, ahead: int = 3) -> Iterator[tuple[TrainBatch,
         try:
             while not stop.is_set():
                 batch = loader.next()
-                offer((batch, loader.state_dict()))
+                offer((batch.pin() if pin else batch, loader.state_dict()))
         except BaseException as error:  # handed to the consumer below
             offer(error)
 

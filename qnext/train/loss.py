@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: int) -> Tensor:
         grads = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if grads else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if grads else None
@@ -53,14 +54,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.dtype), None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, count: int) -> Tensor:
     """Sum of cross-entropies over the valid labels, divided by ``count``.
 
     Args:
         hidden: (T, H).
         weight: (V, H) of the head.
         labels: (T,) int64; IGNORE_INDEX is left out.
-        count: scalar, valid labels of the whole step (all micro batches, all ranks).
+        count: valid labels of the whole step (all micro batches, all ranks).
 
     Returns:
         fp32 scalar, in nats.
@@ -94,7 +95,7 @@ def compute_losses(
     model: CausalLM,
     batch: TrainBatch,
     config: LossConfig,
-    valid: Tensor,
+    valid: Sequence[int],
     micro_batches: int = 1,
     seen: list[Tensor] | None = None,
 ) -> Losses:
@@ -104,7 +105,7 @@ def compute_losses(
         model: in training mode.
         batch: the micro batch.
         config: weights of the losses.
-        valid: (depth + 1,) valid labels of the whole step for each depth.
+        valid: depth + 1 counts: the valid labels of the whole step for each depth, at least 1.
         micro_batches: pieces in the step.
         seen: expert counts of the step's earlier micro batches, so that balance is judged
             over the global batch.

@@ -5,12 +5,18 @@ from __future__ import annotations
 from qnext.train.config import OptimizerConfig
 
 
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Rate of a step counted from 0: linear warm-up, flat, linear decay to the final ratio."""
+def learning_rate(step: int, progress: float, config: OptimizerConfig) -> float:
+    """Linear warm-up, flat, linear decay to the final ratio.
+
+    Args:
+        step: counted from 0.
+        progress: share of the run that lies behind, 0 to 1; by steps or by the clock.
+        config: peak rate, length of warm-up and decay.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    begin = steps - int(steps * config.decay_fraction)
-    if step < begin:
+    left = max(1.0 - progress, 0.0)
+    if left >= config.decay_fraction:
         return config.lr
-    left = (steps - step) / max(steps - begin, 1)
-    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * left)
+    share = left / config.decay_fraction
+    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * share)

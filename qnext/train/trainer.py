@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qnext.checkpoint.load import parse_device, parse_dtype
 from qnext.config import ModelConfig
 from qnext.errors import ConfigError, TrainingError
 from qnext.train.config import TrainConfig, dump_recipe
-from qnext.train.data import IGNORE_INDEX, PackedLoader, TokenShards, TrainBatch, prefetch
+from qnext.train.data import PackedLoader, TokenShards, TrainBatch, prefetch
 from qnext.train.evaluate import Evaluation, evaluate
 from qnext.train.loss import compute_losses
 from qnext.train.optim import MasterAdamW
@@ -52,9 +53,8 @@ class Trainer:
         self.shards = TokenShards(config.data.shards, "train")
         self.heldout = TokenShards(config.data.shards, "heldout")
         self._check_vocabulary()
-        model = build_model(self.model_config, "float32", self.device, seed=config.seed)
-        self.model = model.to(dtype)
-        self.optimizer = MasterAdamW(self.model, config.optimizer)
+        self.model = build_model(self.model_config, "float32", self.device, seed=config.seed)
+        self.optimizer = MasterAdamW(self.model, config.optimizer, dtype)
         self.loader = PackedLoader(
             self.shards,
             config.data.batch_tokens // config.data.micro_batches,
@@ -63,7 +63,9 @@ class Trainer:
             config.seed,
         )
         self.step_done = 0
+        self.elapsed = 0.0
         self.position = self.loader.state_dict()
+        self._skipped = 0.0
 
     def _check_vocabulary(self) -> None:
         largest = int(self.shards.tokens[: 1 << 22].max(initial=0))
@@ -87,25 +89,27 @@ class Trainer:
             torch.set_float32_matmul_precision("high")
         flops = flops_per_token(self.model_config, config.data.seq_len, self.depth)
         report = Report(self.output, config.steps, self.step_done, flops, peak)
-        batches = prefetch(self.loader)
-        started = time.perf_counter()
+        batches = prefetch(self.loader, pin=self.device.type == "cuda")
+        started, before = time.perf_counter(), self.elapsed
+        late = False
         try:
-            while self.step_done < config.steps:
+            while self.progress() < 1 and not late:
                 values = self._step(batches)
                 step = self.step_done
-                if step % config.log_every == 0 or step == config.steps:
+                spent = time.perf_counter() - started
+                self.elapsed = before + spent
+                late = bool(config.stop_after_s) and spent > config.stop_after_s
+                if step % config.log_every == 0 or self.progress() >= 1:
                     row = report.step(step, config.data.batch_tokens, _numbers(values))
                     self._watch(row)
                 if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                     report.write({"step": step, "heldout": self.evaluate().to_dict()})
-                late = config.stop_after_s and time.perf_counter() - started > config.stop_after_s
-                if late or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                if config.checkpoint_every and step % config.checkpoint_every == 0:
                     self.checkpoint()
-                if late:
-                    log.info("stopped step=%d after %.0f s", step, config.stop_after_s)
-                    break
         finally:
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
+        if late:
+            log.info("stopped step=%d after %.0f s", self.step_done, config.stop_after_s)
         self.checkpoint()
         result = self.evaluate()
         report.write({"step": self.step_done, "heldout": result.to_dict()})
@@ -114,15 +118,18 @@ class Trainer:
         plot(self.output)
         return self.export(result)
 
+    def progress(self) -> float:
+        """Share of the run that is done: by steps, or by the clock if that is further."""
+        limit = self.config.time_limit_s
+        return max(self.step_done / self.config.steps, self.elapsed / limit if limit else 0.0)
+
     def _step(self, batches: Any) -> dict[str, Tensor | float | list[Tensor]]:
         """One optimizer step; every value stays on the device."""
         pieces: list[TrainBatch] = []
         for _ in range(self.config.data.micro_batches):
             batch, self.position = next(batches)
             pieces.append(batch)
-        valid = sum((b.labels != IGNORE_INDEX).sum(1) for b in pieces)
-        assert isinstance(valid, Tensor)
-        valid = valid.clamp(min=1).to(self.device)
+        valid = [max(sum(counts), 1) for counts in zip(*(b.valid for b in pieces), strict=True)]
         main: Any = 0.0
         mtp: Any = 0.0
         balance: Any = 0.0
@@ -132,26 +139,28 @@ class Trainer:
                 self.model, piece.to(self.device), self.config.loss, valid, len(pieces), seen
             )
             losses.total.backward()
+            self.optimizer.collect()
             main, mtp = main + losses.main, mtp + losses.mtp
             balance = balance + losses.balance
             pairs = zip(seen, losses.counts, strict=True) if seen else None
             seen = [a + b for a, b in pairs] if pairs is not None else losses.counts
-        lr = learning_rate(self.step_done, self.config.steps, self.config.optimizer)
+        lr = learning_rate(self.step_done, self.progress(), self.config.optimizer)
         norm = self.optimizer.step(lr)
         self.step_done += 1
         return {"loss": main, "mtp_loss": mtp, "balance": balance, "grad_norm": norm, "lr": lr,
-                "expert_load": seen}  # fmt: skip
+                "skipped": self.optimizer.skipped, "expert_load": seen}  # fmt: skip
 
     def _watch(self, row: dict[str, Any]) -> None:
-        """The update of a non-finite step was skipped on the device; say so, or give up."""
-        finite = row["loss"] == row["loss"] and abs(row["loss"]) != float("inf")
-        if not finite:
+        """Bad steps were skipped on the device: say so, or give up if nothing else is left."""
+        new, self._skipped = row["skipped"] - self._skipped, row["skipped"]
+        if new:
+            log.warning("step=%d: %d updates skipped since the last line", row["step"], new)
+        if new >= self.config.log_every and not math.isfinite(row["loss"]):
             raise TrainingError(
-                f"the loss of step {row['step']} is {row['loss']}",
+                f"the last {new:.0f} updates were skipped; the loss of step {row['step']} is "
+                f"{row['loss']}",
                 hint="lower optimizer.lr or raise warmup_steps, then go on from the checkpoint",
             )
-        if row["grad_norm"] != row["grad_norm"] or row["grad_norm"] == float("inf"):
-            log.warning("step=%d had a non-finite gradient and was skipped", row["step"])
 
     def evaluate(self) -> Evaluation:
         """Score the held-out split."""
@@ -160,25 +169,41 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Write everything needed to go on."""
-        facts = {"step": self.step_done, "data": self.position, "recipe": dump_recipe(self.config)}
+        facts = {
+            "step": self.step_done,
+            "elapsed_s": self.elapsed,
+            "data": self.position,
+            "fixed": self._fixed(),
+        }
         save_checkpoint(self.output, self.optimizer.tensors(), facts)
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must not change between a run and its continuation."""
+        data = self.config.data
+        return {
+            **{f"model.{k}": v for k, v in self.config.model.items()},
+            "data.seq_len": data.seq_len,
+            "data.documents": len(self.shards),
+            "data.tokens": len(self.shards.tokens),
+            "seed": self.config.seed,
+        }
 
     def _resume(self) -> None:
         found = load_checkpoint(self.output)
         if found is None:
             return
         tensors, facts = found
-        old, new = facts["recipe"], dump_recipe(self.config)
-        changed = [
-            b for a, b in zip(_model_lines(old), _model_lines(new), strict=False) if a != b
-        ]
-        if changed or len(_model_lines(old)) != len(_model_lines(new)):
+        old, new = facts["fixed"], self._fixed()
+        changed = sorted(k for k in old | new if old.get(k) != new.get(k))
+        if changed:
             raise TrainingError(
-                f"{self.output} holds a run of another model or other data: {changed[:3]}",
+                f"{self.output} holds a run with another {', '.join(changed)}",
                 hint="choose another output folder, or remove this one",
             )
         self.optimizer.load_tensors(tensors)
-        self.step_done, self.position = facts["step"], facts["data"]
+        self._skipped = float(self.optimizer.skipped)
+        self.step_done, self.elapsed = facts["step"], facts["elapsed_s"]
+        self.position = facts["data"]
         self.loader.load_state_dict(self.position)
         log.info("resumed step=%d from %s", self.step_done, self.output)
 
@@ -206,9 +231,3 @@ def _numbers(values: dict[str, Any]) -> dict[str, Any]:
         else:
             out[key] = float(value)
     return out
-
-
-def _model_lines(recipe: str) -> list[str]:
-    """The lines that must not change between a run and its continuation."""
-    _, _, rest = recipe.partition("[model]")
-    return [line for line in rest.partition("[optimizer]")[0].splitlines() if line.strip()]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,11 @@ from engine_models import (
     run,
     tiny_model,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from qnext.engine.generate import Engine
+from qnext.engine.request import Request
 from qnext.engine.sampling_params import SamplingParams
 from qnext.errors import RequestError
 from qnext.layers.model import CausalLM
@@ -208,6 +213,28 @@ def test_abort_frees_the_slot_and_leaves_neighbours_alone(model: CausalLM, k: in
         assert request.sequences[0].output_ids == greedy_oracle(model, prompt, 12)
 
 
+def test_an_abort_in_the_middle_of_a_step_waits_for_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model(seed=2)
+    prompts = prompts_of([8, 20, 3])
+    want = [greedy_oracle(model, prompt, 12) for prompt in prompts]
+    engine = new_engine(model, num_speculative_tokens=2, max_num_seqs=2)
+    requests = [engine.add_request(prompt, GREEDY) for prompt in prompts]
+    real, calls = model.logits, []
+
+    def aborting(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 6:
+            engine.abort(requests[0])
+        return real(hidden)
+
+    monkeypatch.setattr(model, "logits", aborting)
+    drain(engine)
+    assert requests[0].sequences[0].finish_reason == "abort"
+    assert [r.sequences[0].output_ids for r in requests[1:]] == want[1:]
+
+
 @pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 5, 8])
 def test_an_interrupt_in_any_step_is_recomputed(
@@ -269,8 +296,99 @@ def test_what_can_never_be_served_is_refused_before_any_state(
 def test_the_cache_grows_with_long_outputs(model: CausalLM) -> None:
     (prompt,) = prompts_of([3])
     params = GREEDY.replace(max_tokens=None)
-    want = run(model, [prompt], params, max_model_len=400)[0].sequences[0]
-    assert len(want.tokens) == 400
-    fast = run(model, [prompt], params, max_model_len=400, num_speculative_tokens=3)[0].sequences[0]
+    want = run(model, [prompt], params, max_model_len=300)[0].sequences[0]
+    assert len(want.tokens) == 300
+    fast = run(model, [prompt], params, max_model_len=300, num_speculative_tokens=3)[0].sequences[0]
     assert fast.tokens == want.tokens
     assert int(logits_of(model, want.tokens[:-1])[-1].argmax()) == want.tokens[-1]
+
+
+requests_of_a_schedule = st.lists(
+    st.fixed_dictionaries(
+        {
+            "length": st.sampled_from([1, 2, 5, 13, 31]),
+            "joins": st.integers(0, 6),
+            "leaves": st.none() | st.none() | st.integers(1, 8),
+            "values": st.sampled_from(
+                [
+                    {"temperature": 0},
+                    {"temperature": 0, "repetition_penalty": 1.4, "max_tokens": 9},
+                    {"n": 3, "temperature": 1.1, "top_p": 0.9},
+                    {"n": 2, "top_k": 4, "prompt_logprobs": 1, "logprobs": 2},
+                    {"min_p": 0.05, "frequency_penalty": 0.7, "stop_token_ids": [3, 7, 11]},
+                    {"min_tokens": 5, "stop_token_ids": list(range(20)), "logit_bias": {30: 2}},
+                ]
+            ),
+        }
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(
+    deadline=None,
+    max_examples=12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    requests_of_a_schedule,
+    st.sampled_from([0, 1, 3]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 7, 64]),
+    st.none() | st.integers(1, 12),
+)
+def test_any_schedule_gives_every_request_what_it_gets_alone(
+    model: CausalLM,
+    schedule: list[dict[str, Any]],
+    drafts: int,
+    max_num_seqs: int,
+    piece: int,
+    fails: int | None,
+) -> None:
+    """Joins, aborts, a failing step, pieces, few slots, drafts: in any combination."""
+    engine = new_engine(
+        model,
+        num_speculative_tokens=drafts,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=piece,
+    )
+    found: dict[int, Request] = {}
+    for time in range(3000):
+        for n, one in enumerate(schedule):
+            if one["joins"] == time:
+                (prompt,) = prompts_of([one["length"]], seed=n)
+                params = SamplingParams(**{"max_tokens": 7, "seed": n, **one["values"]})
+                found[n] = engine.add_request(prompt, params)
+            if n in found and one["leaves"] == time - one["joins"]:
+                engine.abort(found[n])
+        if fails == time:
+            with mock.patch.object(model, "logits", side_effect=RuntimeError("damaged")):
+                if engine.has_work:
+                    with pytest.raises(RuntimeError, match="damaged"):
+                        step_to_logits(engine)
+        elif engine.has_work:
+            engine.step()
+        elif time > 12:
+            break
+    assert not engine.has_work
+    assert engine.slots.num_free == engine.slots.num_slots
+    for request in found.values():
+        (alone,) = run(model, [request.prompt_token_ids], request.params)
+        for got, want in zip(request.sequences, alone.sequences, strict=True):
+            if got.finish_reason == "abort":
+                assert got.output_ids == want.output_ids[: len(got.output_ids)]
+                continue
+            assert got.output_ids == want.output_ids
+            assert (got.finish_reason, got.stop_reason) == (want.finish_reason, want.stop_reason)
+            assert got.cumulative_logprob == pytest.approx(want.cumulative_logprob, abs=1e-4)
+        if request.prompt_logprobs is not None and not any(
+            s.finish_reason == "abort" for s in request.sequences
+        ):
+            assert len(request.prompt_logprobs) == len(request.prompt_token_ids)
+
+
+def step_to_logits(engine: Engine) -> None:
+    """Step until the patched model is asked for logits, which a piece of a prompt is not."""
+    for _ in range(200):
+        engine.step()

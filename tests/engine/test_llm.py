@@ -14,7 +14,7 @@ from qnext.checkpoint import save_model
 from qnext.engine.llm import LLM
 from qnext.engine.outputs import RequestOutput, StreamDelta
 from qnext.engine.sampling_params import SamplingParams
-from qnext.errors import ConfigError, RequestError
+from qnext.errors import ConfigError, RequestError, TextError
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -289,6 +289,32 @@ def test_yarn_makes_the_context_longer(tmp_path: Path) -> None:
     assert (
         LLM(tmp_path, skip_tokenizer_init=True).max_model_len == 4 * TINY["max_position_embeddings"]
     )
+
+
+def test_another_models_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path)
+    with pytest.raises(TextError, match="48 rows"):
+        LLM(tmp_path, tokenizer=folder)
+
+
+def test_a_progress_bar_only_on_request(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["the cat"] * 2, GREEDY)
+    assert capsys.readouterr() == ("", "")
+    llm.generate(["the cat"] * 2, GREEDY, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "generate" in shown.err
+
+
+def test_acceptance_is_reported_per_request_and_in_all(folder: Path) -> None:
+    llm = LLM(folder, max_model_len=128, num_speculative_tokens=2)
+    outputs = llm.generate(["the cat", "the dog"], GREEDY.replace(max_tokens=30))
+    for place in range(2):
+        assert llm.stats.num_drafted[place] == sum(o.metrics.num_drafted[place] for o in outputs)
+        assert llm.stats.num_accepted[place] == sum(o.metrics.num_accepted[place] for o in outputs)
+    assert outputs[0].metrics.acceptance_rate is not None
+    assert llm.stats.num_generated_tokens == 60
+    assert llm.stats.num_requests == 2
 
 
 def test_an_interrupt_leaves_a_clean_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

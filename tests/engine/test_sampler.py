@@ -142,6 +142,20 @@ def test_padding_rows_are_never_sampled() -> None:
     assert sampled.valid == [True] * 3
 
 
+def test_ids_without_a_token_are_never_sampled() -> None:
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 3] = 50.0
+    logits[2, 7] = math.nan
+    sampler = Sampler(VOCAB, unused_ids=[3])
+    greedy = make(temperature=0)
+    assert sampler(logits[:1], [Row(greedy)]).tokens == [0]
+    sampled = sampler(logits, [Row(greedy), Row(make(seed=2, logprobs=1)), Row(make())])
+    assert 3 not in sampled.tokens
+    assert sampled.valid == [True, True, False]
+    assert sampled.logprobs[1] is not None
+    assert sampled.logprobs[1].logprobs[0] == pytest.approx(-math.log(VOCAB - 1))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_logit_that_is_not_finite_fails_its_row_alone(bad: float, temperature: float) -> None:

@@ -22,9 +22,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _norm_rotate(
-    pointer, live, norm, rotary, eps, D: tl.constexpr, ROT: tl.constexpr
-):
+def _norm_rotate(pointer, live, norm, rotary, eps, D: tl.constexpr, ROT: tl.constexpr):
     """RMSNorm (1 + w) and half-split rotation of rows: pointer, live, rotary are [M, 1]."""
     d = tl.arange(0, D)[None, :]
     half: tl.constexpr = ROT // 2

@@ -129,7 +129,7 @@ def _task(tasks, count, index, T, TILE: tl.constexpr):
 @triton.jit
 def _grouped_gate_up(
     x, norm, logits, tokens, weights, tasks, count, w, scale, sw, sscale, act, eps, T,
-    E: tl.constexpr, TOP: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BN: tl.constexpr,
+    E: tl.constexpr, TOP: tl.constexpr, H: tl.constexpr, F: tl.constexpr, BN: tl.constexpr,
     TP: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     FP8: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def _grouped_gate_up(
     routed, expert, start, rows = _task(tasks, count, tl.program_id(1), T, TILE)
     if rows <= 0:
         return
-    w = tl.where(routed, w + expert * (2 * I * H), sw)
+    w = tl.where(routed, w + expert * (2 * F * H), sw)
     i = tl.arange(0, TP)
     live = i < rows
     sorted_ = i < tl.where(routed, rows, 0)
@@ -158,18 +158,18 @@ def _grouped_gate_up(
     at = w + row[:, None] * H + k[None, :]
     x_at = x + token[None, :] * H + k[:, None]
     if FP8:
-        scale = tl.where(routed, scale + expert * ((2 * I // 128) * (H // 128)), sscale)
+        scale = tl.where(routed, scale + expert * ((2 * F // 128) * (H // 128)), sscale)
         scale += first // 128 * (H // 128)
     for k0 in tl.range(0, H, BK, num_stages=STAGES):
         wg = tl.load(at + k0, eviction_policy="evict_first").to(wide)
-        wu = tl.load(at + I * H + k0, eviction_policy="evict_first").to(wide)
+        wu = tl.load(at + F * H + k0, eviction_policy="evict_first").to(wide)
         xf = tl.load(x_at + k0, mask=live[None, :], other=0.0).to(tl.float32)
         square += tl.sum(xf * xf, axis=0)
         xn = (xf * (1.0 + tl.load(norm + k0 + k).to(tl.float32))[:, None]).to(x.dtype.element_ty)
         xn = xn.to(wide)
         if FP8:
             gate += tl.dot(wg, xn, input_precision="ieee") * tl.load(scale + k0 // 128)
-            up_scale = tl.load(scale + (I // 128) * (H // 128) + k0 // 128)
+            up_scale = tl.load(scale + (F // 128) * (H // 128) + k0 // 128)
             up += tl.dot(wu, xn, input_precision="ieee") * up_scale
         else:
             gate = tl.dot(wg, xn, gate, input_precision="ieee")
@@ -178,14 +178,14 @@ def _grouped_gate_up(
     gate *= rstd
     out = gate * tl.sigmoid(gate) * (up * rstd) * weight[None, :]
     to = tl.where(routed, start + i, T * TOP + start + i)
-    tl.store(act + to[None, :] * I + row[:, None], out.to(act.dtype.element_ty),
+    tl.store(act + to[None, :] * F + row[:, None], out.to(act.dtype.element_ty),
              mask=live[None, :])  # fmt: skip
 
 
 @triton.jit
 def _grouped_down(
     act, tasks, count, w, scale, sw, sscale, y, T,
-    TOP: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BN: tl.constexpr, TP: tl.constexpr,
+    TOP: tl.constexpr, H: tl.constexpr, F: tl.constexpr, BN: tl.constexpr, TP: tl.constexpr,
     TILE: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr,
     F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -197,10 +197,10 @@ def _grouped_down(
     routed, expert, start, rows = _task(tasks, count, tl.program_id(1), T, TILE)
     if rows <= 0:
         return
-    w = tl.where(routed, w + expert * (H * I), sw)
+    w = tl.where(routed, w + expert * (H * F), sw)
     if FP8:
-        scale = tl.where(routed, scale + expert * ((H // 128) * (I // 128)), sscale)
-        scale += first // 128 * (I // 128)
+        scale = tl.where(routed, scale + expert * ((H // 128) * (F // 128)), sscale)
+        scale += first // 128 * (F // 128)
     i = tl.arange(0, TP)
     live = i < rows
     source = tl.where(routed, start + i, T * TOP + start + i)
@@ -208,9 +208,9 @@ def _grouped_down(
     k = tl.arange(0, BK)
     row = first + tl.arange(0, BN)
     acc = tl.zeros([BN, TP], tl.float32)
-    at = w + row[:, None] * I + k[None, :]
-    x_at = act + source[None, :] * I + k[:, None]
-    for k0 in tl.range(0, I, BK, num_stages=STAGES):
+    at = w + row[:, None] * F + k[None, :]
+    x_at = act + source[None, :] * F + k[:, None]
+    for k0 in tl.range(0, F, BK, num_stages=STAGES):
         wt = tl.load(at + k0, eviction_policy="evict_first").to(wide)
         xt = tl.load(x_at + k0, mask=live[None, :], other=0.0).to(wide)
         if FP8:
@@ -275,14 +275,14 @@ def moe(
     pdl: bool = False,
     config: dict[str, int] | None = None,
 ) -> Tensor:
-    """``hidden + moe(rms_norm(hidden))`` of up to 256 tokens; see ``triton_single.moe``.
+    """Norm, MoE block and residual add of up to 256 tokens; see ``triton_single``.
 
     ``config``: ``BN``/``BD`` weight rows per program of gate_up and down, ``BK``, ``S`` and
     ``SD`` stages, ``warps``, ``dwarps``.
     """
     w1, s1, w2, s2 = experts
     v1, u1, v2, u2 = shared
-    (e, two, h), i, t = w1.shape, w2.shape[2], hidden.shape[0]
+    (e, h, i), t = w2.shape, hidden.shape[0]
     fp8 = s1 is not None
     c = {"BN": 32, "BD": 64, "BK": 128, "S": 4, "SD": 4, "warps": 4, "dwarps": 4} | (config or {})
     b = buffers or workspace(t, top_k, h, i, e, hidden.dtype, hidden.device)
@@ -306,7 +306,7 @@ def moe(
         TB=block, TILE=TILE, FUSED=t <= TILE, num_warps=8, launch_pdl=pdl, **options,
     )  # fmt: skip
     count = max_tasks(t, top_k, e) + triton.cdiv(t, TILE)
-    shape = {"TOP": top_k, "H": h, "I": i, "TP": 8 if t <= 8 else 16, "TILE": TILE}
+    shape = {"TOP": top_k, "H": h, "F": i, "TP": 8 if t <= 8 else 16, "TILE": TILE}
     shape |= {"BK": c["BK"], "FP8": fp8, "F32": f32, "PDL": pdl, "launch_pdl": pdl}
     _grouped_gate_up[(i // c["BN"], count)](
         hidden, norm_weight, b["logits"], b["tokens"], b["weights"], b["tasks"], b["count"],

@@ -68,7 +68,7 @@ def load_keys(logits, E: tl.constexpr, BF16: tl.constexpr):
 
 @triton.jit
 def _swiglu_rows(
-    x, norm, w, scale, first, eps, H: tl.constexpr, I: tl.constexpr, BN: tl.constexpr,
+    x, norm, w, scale, first, eps, H: tl.constexpr, F: tl.constexpr, BN: tl.constexpr,
     KC: tl.constexpr, KB: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up of intermediate channels first..first+BN from normalised x [H]."""
@@ -86,10 +86,10 @@ def _swiglu_rows(
         xu = xv
         if FP8:
             xg = xv * load_scales(scale, first // 128, c * CH, H, KC, KB)
-            xu = xv * load_scales(scale, (I + first) // 128, c * CH, H, KC, KB)
+            xu = xv * load_scales(scale, (F + first) // 128, c * CH, H, KC, KB)
         at = w + rows * H + c * CH + columns
         wg = tl.load(at, eviction_policy="evict_first")
-        wu = tl.load(at + I * H, eviction_policy="evict_first")
+        wu = tl.load(at + F * H, eviction_policy="evict_first")
         gate += row_sums(wg, xg)
         up += row_sums(wu, xu)
     rstd = tl.rsqrt(tl.sum(tl.reshape(square, [KB * KC * 128]), axis=0) / H + eps)
@@ -100,13 +100,13 @@ def _swiglu_rows(
 @triton.jit
 def _router(
     x, norm, router, w, scale, logits, act, ahead, eps, E, TOP, AHEAD: tl.constexpr,
-    H: tl.constexpr, I: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, KC: tl.constexpr,
+    H: tl.constexpr, F: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, KC: tl.constexpr,
     KB: tl.constexpr, KR: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     pid = tl.program_id(0)
-    tiles: tl.constexpr = I // BN
+    tiles: tl.constexpr = F // BN
     if AHEAD > 0:
         prefetch_l2(ahead + pid.to(tl.int64) * AHEAD, AHEAD)
     if pid < tiles:
@@ -114,10 +114,10 @@ def _router(
         if PDL:
             size: tl.constexpr = BN * H * w.dtype.element_ty.primitive_bitwidth // 8
             prefetch_l2(w + first * H, size)
-            prefetch_l2(w + (I + first) * H, size)
+            prefetch_l2(w + (F + first) * H, size)
             gdc_wait()
-        value = _swiglu_rows(x, norm, w, scale, first, eps, H, I, BN, KC, KB, FP8)
-        at = act + TOP * I + first + tl.arange(0, BN)
+        value = _swiglu_rows(x, norm, w, scale, first, eps, H, F, BN, KC, KB, FP8)
+        at = act + TOP * F + first + tl.arange(0, BN)
         tl.store(at, value.to(act.dtype.element_ty))
     else:
         _gemv_rows(x, norm, router, scale, x, logits, logits, logits, (pid - tiles) * BR, E + 1,
@@ -127,7 +127,7 @@ def _router(
 @triton.jit
 def _gate_up(
     x, norm, logits, w, scale, act, eps,
-    E: tl.constexpr, TOP: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BN: tl.constexpr,
+    E: tl.constexpr, TOP: tl.constexpr, H: tl.constexpr, F: tl.constexpr, BN: tl.constexpr,
     KC: tl.constexpr, KB: tl.constexpr, FP8: tl.constexpr, BF16: tl.constexpr,
     NORM_TOPK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -149,24 +149,24 @@ def _gate_up(
     mine = key_value(best, BF16)
     if PDL:
         size: tl.constexpr = BN * H * w.dtype.element_ty.primitive_bitwidth // 8
-        prefetch_l2(w + (expert * (2 * I) + first) * H, size)
-        prefetch_l2(w + (expert * (2 * I) + I + first) * H, size)
+        prefetch_l2(w + (expert * (2 * F) + first) * H, size)
+        prefetch_l2(w + (expert * (2 * F) + F + first) * H, size)
     for _ in range(slot + 1, TOP):
         keys = tl.where(keys == best, lowest, keys)
         best = tl.max(keys, axis=0)
         total += tl.exp(key_value(best, BF16) - top)
     if not NORM_TOPK:
         total = tl.sum(tl.exp(value - top), axis=0)
-    out = _swiglu_rows(x, norm, w + expert * (2 * I * H),
-                       scale + expert * ((2 * I // 128) * (H // 128)), first, eps, H, I, BN, KC,
+    out = _swiglu_rows(x, norm, w + expert * (2 * F * H),
+                       scale + expert * ((2 * F // 128) * (H // 128)), first, eps, H, F, BN, KC,
                        KB, FP8)  # fmt: skip
     out *= tl.exp(mine - top) / total
-    tl.store(act + slot * I + first + tl.arange(0, BN), out.to(act.dtype.element_ty))
+    tl.store(act + slot * F + first + tl.arange(0, BN), out.to(act.dtype.element_ty))
 
 
 @triton.jit
 def _down_rows(
-    act, w, scale, ids, slots, first, live, H: tl.constexpr, I: tl.constexpr, BN: tl.constexpr,
+    act, w, scale, ids, slots, first, live, H: tl.constexpr, F: tl.constexpr, BN: tl.constexpr,
     KE: tl.constexpr, KB: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Output rows first..first+BN summed over KE slots (``ids``, ``slots``: [1, 1, KE, 1])."""
@@ -175,12 +175,12 @@ def _down_rows(
     columns = kb * 128 + tl.arange(0, 128)[None, None, None, :]
     rows = (first + tl.arange(0, BN))[None, :, None, None]
     acc = tl.zeros([BN], tl.float32)
-    for c in tl.static_range(I // CH):
-        xv = tl.load(act + slots * I + c * CH + columns, mask=live, other=0.0).to(tl.float32)
+    for c in tl.static_range(F // CH):
+        xv = tl.load(act + slots * F + c * CH + columns, mask=live, other=0.0).to(tl.float32)
         if FP8:
-            block = ids * ((H // 128) * (I // 128)) + (first // 128) * (I // 128)
+            block = ids * ((H // 128) * (F // 128)) + (first // 128) * (F // 128)
             xv *= tl.load(scale + block + c * KB + kb, mask=live, other=0.0).to(tl.float32)
-        at = w + ids * (H * I) + rows * I + c * CH + columns
+        at = w + ids * (H * F) + rows * F + c * CH + columns
         wt = tl.load(at, mask=live, other=0.0, eviction_policy="evict_first")
         acc += row_sums(wt, xv)
     return acc
@@ -189,14 +189,14 @@ def _down_rows(
 @triton.jit
 def _down(
     logits, act, w, scale, sw, sscale, res, y,
-    E: tl.constexpr, TOP: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BN: tl.constexpr,
+    E: tl.constexpr, TOP: tl.constexpr, H: tl.constexpr, F: tl.constexpr, BN: tl.constexpr,
     KE: tl.constexpr, KB: tl.constexpr, FP8: tl.constexpr, BF16: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     first = tl.program_id(0) * BN
-    size: tl.constexpr = BN * I * w.dtype.element_ty.primitive_bitwidth // 8
+    size: tl.constexpr = BN * F * w.dtype.element_ty.primitive_bitwidth // 8
     _, keys = load_keys(logits, E, BF16)
     lowest = tl.min(keys, axis=0)
     which = tl.arange(0, 16)
@@ -207,20 +207,20 @@ def _down(
         expert = key_index(best, E).to(tl.int64)
         ids = tl.where(which == i, expert, ids)
         if PDL:
-            prefetch_l2(w + (expert * H + first) * I, size)
+            prefetch_l2(w + (expert * H + first) * F, size)
     gate = tl.sigmoid(tl.load(logits + E, cache_modifier=".cg"))
     if PDL:
-        prefetch_l2(sw + first * I, size)
+        prefetch_l2(sw + first * F, size)
         gdc_wait()
     acc = tl.zeros([BN], tl.float32)
     for c in tl.static_range(0, TOP, KE):
         slots = c + tl.arange(0, KE)
         mine = tl.sum(tl.where(which[None, :] == slots[:, None], ids[None, :], 0), axis=1)
         acc += _down_rows(act, w, scale, mine[None, None, :, None], slots[None, None, :, None],
-                          first, (slots < TOP)[None, None, :, None], H, I, BN, KE, KB,
+                          first, (slots < TOP)[None, None, :, None], H, F, BN, KE, KB,
                           FP8)  # fmt: skip
     zero = tl.zeros([1], tl.int64)[None, None, :, None]
-    acc += gate * _down_rows(act, sw, sscale, zero, zero + TOP, first, zero == 0, H, I, BN, 1, KB,
+    acc += gate * _down_rows(act, sw, sscale, zero, zero + TOP, first, zero == 0, H, F, BN, 1, KB,
                              FP8)  # fmt: skip
     at = first + tl.arange(0, BN)
     acc += tl.load(res + at).to(tl.float32)
@@ -244,20 +244,20 @@ def moe(
     pdl: bool = False,
     config: dict[str, int] | None = None,
 ) -> Tensor:
-    """``hidden + moe(rms_norm(hidden))`` of one token (spec section 5).
+    """Norm, MoE block and residual add of one token (spec section 5).
 
     Args:
         hidden: (1, H) residual stream.
         norm_weight: (H,) zero-centred weight of the norm before the block.
         router: (E + 1, H), the router's rows and then the shared expert's gate row.
-        experts: gate_up (E, 2I, H), its scales, down (E, H, I), its scales; scales are None for
+        experts: gate_up (E, 2F, H), its scales, down (E, H, F), its scales; scales are None for
             BF16, else (E, rows/128, columns/128).
         shared: the same without the leading axis.
         top_k: experts per token.
         norm_topk_prob: divide the chosen probabilities by their sum.
         eps: of the norm.
         logits: fp32 (E + 1,) workspace.
-        act: (top_k + 1, I) workspace in the dtype of ``hidden``.
+        act: (top_k + 1, F) workspace in the dtype of ``hidden``.
         out: (1, H), may be ``hidden``.
         ahead: weights of the next layer; the small router kernel asks for their first
             ``AHEAD`` bytes per program in L2 while memory is otherwise idle.
@@ -267,7 +267,7 @@ def moe(
     """
     w1, s1, w2, s2 = experts
     v1, u1, v2, u2 = shared
-    (e, two, h), i = w1.shape, w2.shape[2]
+    e, h, i = w2.shape
     fp8 = s1 is not None
     c = {"BR": 4, "BN": 8, "BD": 8, "KE": 8, "warps": 4, "AHEAD": 0} | (config or {})
     logits = hidden.new_empty(e + 1, dtype=torch.float32) if logits is None else logits
@@ -275,7 +275,7 @@ def moe(
     out = torch.empty_like(hidden) if out is None else out
     unit = 4 if fp8 else 2
     chunks = min(h // (unit * 128), 4 if fp8 else 8)
-    shape = {"H": h, "I": i, "KB": unit, "FP8": fp8, "PDL": pdl}
+    shape = {"H": h, "F": i, "KB": unit, "FP8": fp8, "PDL": pdl}
     launch = {"num_warps": c["warps"], "launch_pdl": pdl}
     grid = (i // c["BN"] + triton.cdiv(e + 1, c["BR"]),)
     far = ahead is not None and c["AHEAD"] * grid[0] <= ahead.numel() * ahead.element_size()

@@ -174,9 +174,8 @@ def _skinny(
             nw = tl.load(norm + k + ks[:, None, None] * 128 + ki[None, :, None])
             xt = (xf * (1.0 + nw.to(tl.float32))).to(x.dtype.element_ty)
         if KS == 1:
-            part = tl.dot(
-                tl.reshape(wt, [BM, 128]).to(wide), tl.reshape(xt, [128, TP]).to(wide)
-            )[None, :, :]
+            flat = tl.reshape(xt, [128, TP]).to(wide)
+            part = tl.dot(tl.reshape(wt, [BM, 128]).to(wide), flat)[None, :, :]
         else:
             part = tl.dot(wt.to(wide), xt.to(wide))
         if FP8:

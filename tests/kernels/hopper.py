@@ -1,0 +1,95 @@
+"""Compile the decode kernels for sm_90 without a GPU: launches become compilations.
+
+Run as a script with ``TRITON_INTERPRET`` unset; prints one JSON line per kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+WIDE = re.compile(r"ld\.global\.\S*v4\.b32|cp\.async\.c\S+ \[.*\], \[.*\], 0x10")
+
+
+class Hopper:
+    """The few answers that compiling asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Stack frame (spills) in the assembler's report."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+    return int(re.search(r"STACK:(\d+)", text.stdout)[1])
+
+
+def compile_instead_of_launching() -> None:
+    launch = JITFunction.run
+
+    def run(self, *args, grid, warmup, **options):
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        ptx = kernel.asm["ptx"]
+        facts = {"kernel": self.__name__, "stack": stack_bytes(kernel.asm["cubin"])}
+        facts |= {"waits": "griddepcontrol.wait" in ptx, "wide": bool(WIDE.search(ptx))}
+        print(json.dumps(facts))  # noqa: T201 - the script's answer
+        return kernel
+
+    driver.set_active(Hopper())
+    JITFunction.run = run
+
+
+def main() -> None:
+    from qnext.kernels.attention import triton_decode
+    from qnext.kernels.experts import triton_grouped, triton_single
+    from qnext.kernels.linear import triton as linear
+
+    compile_instead_of_launching()
+    bf16, fp8, i32 = torch.bfloat16, torch.float8_e4m3fn, torch.int32
+    h, i, e, top = 2048, 512, 512, 10
+
+    def matrix(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = (*shape[:-2], shape[-2] // 128, shape[-1] // 128)
+        return torch.empty((1, *shape[1:]), dtype=fp8).expand(shape), torch.empty(blocks)
+
+    norm = torch.empty(h, dtype=bf16)
+    experts = (*matrix(e, 2 * i, h), *matrix(e, h, i))
+    shared = (*matrix(2 * i, h), *matrix(h, i))
+    router = torch.empty(e + 1, h, dtype=bf16)
+    for tokens in (1, 8):
+        x = torch.empty(tokens, h, dtype=bf16)
+        tail = torch.empty(64, h, dtype=bf16)
+        linear.linear(x, *matrix(12288, h), norm_weight=norm, tail=tail, pdl=True)
+        linear.linear(torch.empty(tokens, 4096, dtype=bf16), *matrix(h, 4096), residual=x, pdl=True)
+        moe = triton_single.moe if tokens == 1 else triton_grouped.moe
+        moe(x, norm, router, experts, shared, top_k=top, pdl=True)
+        cache = torch.empty(tokens, 2, 64, 256, dtype=bf16)
+        triton_decode.decode_attention(
+            torch.empty(tokens, 9216, dtype=bf16), norm[:256], norm[:256], torch.empty(tokens, 64),
+            cache, cache, torch.zeros(tokens, dtype=i32), torch.zeros(tokens, dtype=i32), heads=16,
+            splits=8, pdl=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    main()
