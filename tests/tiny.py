@@ -40,7 +40,11 @@ HYBRID: dict[str, Any] = {
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw every parameter: matrices with unit gain, vectors around where they start."""
+    """Draw every parameter: matrices with a gain near one, vectors around where they start.
+
+    With a gain of one and more the gated norm meets outputs near zero, and then rounding in
+    fp32 alone (transformers against its own fp64) exceeds the tolerances of these tests.
+    """
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -50,7 +54,8 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
             elif "conv1d" in name or "embed_tokens" in name:
                 p.copy_(0.5 * noise)
             else:
-                p.copy_(noise * p.shape[-1] ** -0.5)
+                gain = 1.0 if "lm_head" in name else 0.7
+                p.copy_(gain * noise * p.shape[-1] ** -0.5)
 
 
 def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> CausalLM:

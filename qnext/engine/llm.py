@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,13 @@ from qnext.engine.defaults import GenerationDefaults
 from qnext.engine.generate import Engine
 from qnext.engine.options import EngineOptions
 from qnext.engine.outputs import CompletionOutput, RequestOutput, StreamDelta
-from qnext.engine.prompts import ParsedPrompt, Prompt, parse_prompt, parse_prompts
+from qnext.engine.prompts import (
+    ParsedPrompt,
+    Prompt,
+    parse_conversations,
+    parse_prompt,
+    parse_prompts,
+)
 from qnext.engine.request import Request, RequestText
 from qnext.engine.request import Sequence as Generation
 from qnext.engine.sampling_params import SamplingParams, nearest_hint
@@ -206,15 +212,13 @@ class LLM:
             RequestError: as ``generate``.
             TextError: the chat template refuses the messages, or there is none.
         """
-        single = not messages or isinstance(messages[0], dict)
-        many = cast("Sequence[Conversation]", [messages] if single else messages)
         render = partial(
             self.render_chat,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             chat_template_kwargs=chat_template_kwargs,
         )
-        prompts = [render(list(conversation)) for conversation in many]
+        prompts = [render(conversation) for conversation in parse_conversations(messages)]
         return self.generate(prompts, sampling_params, progress=progress or use_tqdm)
 
     def stream(
@@ -284,11 +288,13 @@ class LLM:
             return [self.get_default_sampling_params()] * count
         if isinstance(given, SamplingParams):
             return [given] * count
-        each = list(given)
-        if len(each) != count or not all(isinstance(one, SamplingParams) for one in each):
+        each = list(given) if isinstance(given, (list, tuple)) else [given]
+        wrong = [one for one in each if not isinstance(one, SamplingParams)]
+        if wrong or len(each) != count:
+            found = type(wrong[0]).__name__ if wrong else f"{len(each)} of them"
             raise RequestError(
-                f"sampling_params must be one SamplingParams or {count}, one per prompt;"
-                f" found a list of {len(each)}"
+                f"sampling_params must be one SamplingParams, or one for each of the {count}"
+                f" prompts; found {found}"
             )
         return each
 

@@ -66,6 +66,31 @@ def parse_prompt(prompt: Any) -> ParsedPrompt:
     raise _no_prompt(prompt)
 
 
+def parse_conversations(messages: Any) -> list[list[dict[str, Any]]]:
+    """One entry per conversation; a single conversation gives a list of one.
+
+    Raises:
+        RequestError: neither a list of messages nor a list of such lists.
+    """
+    if not isinstance(messages, (list, tuple)):
+        raise _no_conversation(messages)
+    many = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
+    for conversation in many:
+        if not isinstance(conversation, (list, tuple)):
+            raise _no_conversation(conversation)
+        for message in conversation:
+            if not isinstance(message, dict):
+                raise _no_conversation(message)
+    return [list(conversation) for conversation in many]
+
+
+def _no_conversation(found: Any) -> RequestError:
+    return RequestError(
+        f"a conversation must be a list of messages, found {type(found).__name__}",
+        hint="a message is a dict with 'role' and 'content'",
+    )
+
+
 def _no_prompt(found: Any) -> RequestError:
     return RequestError(
         f"a prompt must be a text or a list of token ids, found {type(found).__name__}",

@@ -163,6 +163,7 @@ def probs(logits: Tensor, rows: Sequence[Row]) -> Tensor:
             result[index] = torch.softmax(part / _values("temperature", params, part), -1)
         else:
             for some, weights, ids in _filtered(part, params):
+                weights = weights / weights.sum(-1, keepdim=True)
                 result[index[some]] = torch.zeros_like(part[some]).scatter_(1, ids, weights)
     return result
 
@@ -193,24 +194,14 @@ class Sampler:
         final = process_logits(logits, rows)
         if final is not logits:  # every token of a row may have been forbidden
             valid &= final.amax(-1) > -torch.inf
-        tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-        for members, kind in _groups(rows):
-            index = torch.tensor(members, device=logits.device)
-            part = final if len(members) == len(rows) else final[index]
-            if kind == "greedy":
-                tokens[index] = argmax(part)
-                continue
-            draws = torch.tensor(
-                [rows[i].state.draw(len(rows[i].drafts)) for i in members], dtype=torch.float64
-            ).to(logits.device)
-            params = [rows[i].state.params for i in members]
-            if kind == "plain":
-                weights = torch.softmax(part / _values("temperature", params, part), -1)
-                tokens[index] = _invert(weights, draws)
-            else:
-                for some, weights, ids in _filtered(part, params):
-                    picked = _invert(weights, draws[some])
-                    tokens[index[some]] = ids.gather(1, picked[:, None])[:, 0]
+        groups = _groups(rows)
+        if len(groups) == 1:
+            tokens = _pick(final, rows, groups[0][1])
+        else:
+            tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+            for members, kind in groups:
+                index = torch.tensor(members, device=logits.device)
+                tokens[index] = _pick(final[index], [rows[i] for i in members], kind)
         return Sampled(tokens.tolist(), valid.tolist(), self._logprobs(logits, tokens, rows))
 
     def _greedy(self, logits: Tensor) -> Sampled:
@@ -321,6 +312,27 @@ def _groups(rows: Sequence[Row]) -> list[tuple[list[int], str]]:
     return [(members, kind) for kind, members in groups.items()]
 
 
+def _pick(logits: Tensor, rows: Sequence[Row], kind: str) -> Tensor:
+    """Tokens (r,) for processed logits (r, V) of rows of one kind."""
+    if kind == "greedy":
+        return argmax(logits)
+    params = [row.state.params for row in rows]
+    draws = torch.tensor([row.state.draw(len(row.drafts)) for row in rows], dtype=torch.float64).to(
+        logits.device
+    )
+    if kind == "plain":
+        return _invert(torch.softmax(logits / _values("temperature", params, logits), -1), draws)
+    tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+    for some, weights, ids in _filtered(logits, params):
+        whole = len(some) == len(rows)
+        picked = _invert(weights, draws if whole else draws[some])
+        found = ids.gather(1, picked[:, None])[:, 0]
+        if whole:
+            return found
+        tokens[some] = found
+    return tokens
+
+
 def _filtered(
     logits: Tensor, params: Sequence[SamplingParams]
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -331,7 +343,7 @@ def _filtered(
         params: r.
 
     Yields:
-        s of the rows, their probabilities (s, K) that sum to 1, and token ids (s, K).
+        s of the rows, weights (s, K) in proportion to their probabilities, and token ids (s, K).
     """
     vocab, rows = logits.shape[1], list(range(len(params)))
     limits = [min(one.top_k or vocab, vocab) for one in params]
@@ -362,23 +374,28 @@ def _filtered(
 def _nucleus(
     values: Tensor, params: Sequence[SamplingParams], limits: Sequence[int], total: Tensor | None
 ) -> Tensor:
-    """Probabilities (r, K) of the first K logits in falling order; each filter keeps a prefix.
+    """Weights (r, K) of the first K logits in falling order; each filter keeps a prefix.
 
     ``total`` (r, 1) is the log of the whole that top_p is a share of where min_p is off; None
-    means that what is kept is the whole.
+    means that what is kept is the whole. Filters that nobody uses cost nothing.
     """
-    min_p = _values("min_p", params, values)
-    place = torch.arange(values.shape[1], device=values.device)
-    keep = values >= values[:, :1] + min_p.log()
-    keep &= place < torch.tensor(limits).to(values.device)[:, None]
-    values = values.masked_fill(~keep, -torch.inf)
-    whole = values.logsumexp(-1, keepdim=True)
-    if total is not None:
-        whole = torch.where(min_p > 0, whole, total)
-    weights = (values - whole).exp()
-    before = weights.cumsum(-1) - weights
-    weights = weights.masked_fill((before >= _values("top_p", params, values)) & (place > 0), 0.0)
-    return weights / weights.sum(-1, keepdim=True)
+    width = values.shape[1]
+    if min(limits) < width:
+        place = torch.arange(width, device=values.device)
+        beyond = place >= torch.tensor(limits).to(values.device)[:, None]
+        values = values.masked_fill(beyond, -torch.inf)
+    if any(one.min_p for one in params):
+        min_p = _values("min_p", params, values)
+        values = values.masked_fill(values < values[:, :1] + min_p.log(), -torch.inf)
+        if total is not None:
+            total = torch.where(min_p > 0, values.logsumexp(-1, keepdim=True), total)
+    weights = torch.softmax(values, -1) if total is None else (values - total).exp()
+    if any(one.top_p < 1 for one in params):
+        before = weights.cumsum(-1) - weights
+        top_p = _values("top_p", params, values)
+        # A rounded sum may reach 1 before the last token: 1 must keep all of them.
+        weights = weights.masked_fill((before >= top_p) & (top_p < 1), 0.0)
+    return weights
 
 
 def _values(name: str, params: Sequence[SamplingParams], like: Tensor) -> Tensor:

@@ -6,22 +6,33 @@ step, one loop), ``resume``, ``report``, ``evaluate``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["train"]
+if TYPE_CHECKING:
+    from qnext.train.trainer import TrainResult
+
+__all__ = ["main", "train"]
 
 
-def train(recipe: str | Path, overrides: list[str] | None = None) -> Path:
-    """Run a recipe to its end (or go on where it stopped); the exported folder.
+def main(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainResult:
+    """Run a recipe to its end, or go on where it stopped.
 
     Args:
         recipe: TOML file.
         overrides: ``section.key=value`` strings that replace values of the recipe.
 
     Raises:
-        ConfigError: a bad recipe. TrainingError: data or checkpoint that do not fit.
+        ConfigError: a bad recipe.
+        TrainingError: data or a checkpoint that do not fit, or a loss that stays non-finite.
     """
     from qnext.train.config import load_recipe
     from qnext.train.trainer import Trainer
 
-    return Trainer(load_recipe(Path(recipe), overrides or [])).run()
+    return Trainer(load_recipe(Path(recipe), list(overrides))).run()
+
+
+def train(recipe: str | Path, overrides: Sequence[str] | None = None) -> Path:
+    """:func:`main`, giving just the exported folder."""
+    return main(recipe, overrides or ()).model

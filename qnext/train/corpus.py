@@ -35,11 +35,12 @@ HELDOUT_BYTES = 1_000_000
 DOCUMENT_CHARS = 48_000
 MIN_DOCUMENT_CHARS = 400
 CODE_SHARE = 0.15
-STOPWORDS = frozenset(
+_STOPWORDS_TEXT = (
     "the of and to in is that it for as with be are by this was on or not an at from which you can "
-    "if have has will but their his he they we all when a i s no so may one must your there".split()
+    "if have has will but their his he they we all when a i s no so may one must your there"
 )
-_WORD = re.compile(r"[A-Za-z][A-Za-z'’]*")
+STOPWORDS = frozenset(_STOPWORDS_TEXT.split())
+_WORD = re.compile(r"[A-Za-z][A-Za-z'\u2019]*")
 _JUNK = re.compile(r"[\u00ad\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffd¶\x00-\x08\x0b-\x1f\x7f]")
 _MARKUP = re.compile(r":[a-z:]+:`|\.\. [a-z_-]+::|</?[a-z]+[^>]*>.*</|\\\\[a-z]+\{|\$\{|\}\}")
 
@@ -77,7 +78,9 @@ def read_sources(path: Path) -> list[Source]:
     """Read ``sources.toml``; a wrong or missing field is a ConfigError that names the source."""
     found = []
     for entry in tomllib.loads(path.read_text())["source"]:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
+        }
         try:
             source = Source(**values)
         except TypeError as error:

@@ -1,8 +1,8 @@
 """Packed batches from token shards: deterministic, resumable, nothing lost, nothing mixed.
 
 Documents are cut evenly into sequences of at most ``seq_len`` tokens; all sequences are shuffled
-by (seed, epoch) and laid one after the other until a batch has exactly its tokens. Every sequence starts at position
-zero with empty state, so a packed document sees only itself.
+by (seed, epoch) and laid one after the other until a batch has exactly its tokens. Every
+sequence starts at position zero with empty state, so a packed document sees only itself.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ class Evaluation:
             arg-max one token later, given the text: greedy acceptance on this text.
         draft_acceptance: mean probability that the main model gives to the first draft:
             acceptance of greedy drafts when sampling at temperature 1.
+        draft_accuracy: share of places where the first MTP draft is the text itself.
         tokens: predicted tokens.
     """
 
@@ -33,6 +34,7 @@ class Evaluation:
     accuracy: float
     draft_agreement: float | None
     draft_acceptance: float | None
+    draft_accuracy: float | None
     tokens: int
 
     def to_dict(self) -> dict[str, float | int | None]:
@@ -49,7 +51,7 @@ def evaluate(model: CausalLM, shards: TokenShards, seq_len: int, tokens: int) ->
     """
     was_training = model.training
     model.eval()
-    nats = hits = agree = accept = 0.0
+    nats = hits = agree = accept = right = 0.0
     count = places = total = 0
     for batch in heldout_batches(shards, tokens, seq_len, 1):
         batch = batch.to(model.device)
@@ -77,6 +79,7 @@ def evaluate(model: CausalLM, shards: TokenShards, seq_len: int, tokens: int) ->
                 agree += ((scores.argmax(1) == made) & inside).sum().item()
                 chance = scores.gather(1, made.unsqueeze(1)).squeeze(1).exp()
                 accept += (chance * inside).sum().item()
+                right += ((labels == made) & inside).sum().item()
                 places += int(inside.sum())
     model.train(was_training)
     num_bytes = shards.num_bytes * count / max(total, 1)
@@ -87,5 +90,6 @@ def evaluate(model: CausalLM, shards: TokenShards, seq_len: int, tokens: int) ->
         accuracy=hits / max(count, 1),
         draft_agreement=agree / places if has else None,
         draft_acceptance=accept / places if has else None,
+        draft_accuracy=right / places if has else None,
         tokens=count,
     )

@@ -17,21 +17,25 @@ from lxml import etree, html
 
 Block = tuple[str, str]
 
-_SKIP_TAGS = frozenset(
+_SKIP_TAGS_TEXT = (
     "script style nav header footer table form button select noscript svg math head aside "
-    "info iframe template label option dialog indexterm".split()
+    "info iframe template label option dialog indexterm"
 )
-_SKIP_CLASSES = frozenset(
+_SKIP_TAGS = frozenset(_SKIP_TAGS_TEXT.split())
+_SKIP_CLASSES_TEXT = (
     "sidebar sphinxsidebar toc toctree-wrapper contents related footer header headerlink navheader "
     "navfooter navigation nav menu breadcrumb breadcrumbs clearer admonition-todo viewcode-link "
     "linenos copyright top outoflang tocset tocview navsettop navsetbottom versionbox up "
-    "nav_header nav_footer indexterm index genindextable".split()
+    "nav_header nav_footer indexterm index genindextable"
 )
-_SKIP_IDS = frozenset("footer header sidebar toc nav navigation searchbox menu path".split())
-_BLOCK_TAGS = frozenset(
+_SKIP_CLASSES = frozenset(_SKIP_CLASSES_TEXT.split())
+_SKIP_IDS_TEXT = "footer header sidebar toc nav navigation searchbox menu path"
+_SKIP_IDS = frozenset(_SKIP_IDS_TEXT.split())
+_BLOCK_TAGS_TEXT = (
     "p div section article main li dd dt blockquote ul ol dl td tr center body note item steps page"
-    " list terms listitem para figure figcaption details summary hr fieldset address".split()
+    " list terms listitem para figure figcaption details summary hr fieldset address"
 )
+_BLOCK_TAGS = frozenset(_BLOCK_TAGS_TEXT.split())
 _HEADINGS = frozenset(("h1", "h2", "h3", "h4", "h5", "h6", "title"))
 _CODE = frozenset(("pre", "code-block", "screen", "programlisting"))
 
@@ -72,7 +76,7 @@ class _Walker:
             return
         if tag == "br":
             self.pieces.append(" ")
-        elif tag in _HEADINGS or "title" in classes and tag in ("p", "div"):
+        elif tag in _HEADINGS or ("title" in classes and tag in ("p", "div")):
             self.flush()
             self.blocks.append(("heading", "".join(element.itertext()).replace("¶", "")))
         elif tag in _CODE:
@@ -108,7 +112,7 @@ def _walked(root: Any) -> list[Block]:
 
 
 def from_html(path: Path) -> Iterator[list[Block]]:
-    """Main content of a page: ``main``, ``role=main`` or the body, without tables and navigation."""
+    """The main content of a page (or its body) without tables and navigation."""
     data = path.read_bytes()
     if path.suffix == ".gz":
         data = gzip.decompress(data)
@@ -272,7 +276,7 @@ def _pod_inline(text: str) -> str:
     return re.sub(r"E<(\w+)>", lambda m: {"lt": "<", "gt": ">"}.get(m[1], ""), text)
 
 
-_ROFF_CHARS = {"aq": "'", "dq": '"', "lq": "“", "rq": "”", "em": "—", "en": "–", "bu": "•"}
+_ROFF_CHARS = {"aq": "'", "dq": '"', "lq": "“", "rq": "”", "em": "—", "en": "\u2013", "bu": "•"}
 
 
 def _roff_inline(text: str) -> str:

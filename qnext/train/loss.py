@@ -51,7 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.dtype), None, None
+        grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        return grad_hidden, (grad_weight * grad).to(ctx.dtype), None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, count: int) -> Tensor:

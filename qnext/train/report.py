@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qnext.config import ModelConfig
 from qnext.weights import disk_tensors
 
@@ -40,34 +42,57 @@ def flops_per_token(config: ModelConfig, seq_len: int, mtp_depth: int) -> float:
     full = sum(kind == "full_attention" for kind in config.layer_types)
     delta = config.num_hidden_layers - full
     attention = full * 6 * seq_len * config.num_attention_heads * config.head_dim
-    state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
-    return 6 * (main + mtp_depth * (mtp + head)) + attention + delta * 3 * 6 * state
+    state = config.linear_key_head_dim * config.linear_value_head_dim
+    rule = delta * 3 * 6 * config.linear_num_value_heads * state
+    return 6 * (main + mtp_depth * (mtp + head)) + attention + rule
 
 
 class Report:
     """Writes ``metrics.jsonl`` and a line of progress; on a terminal, a bar."""
 
-    def __init__(self, folder: Path, steps: int, start: int, flops: float, peak: float | None):
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        start: int,
+        flops: float,
+        peak: float | None,
+        progress: float = 0.0,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        _forget_after(folder / "metrics.jsonl", start)
         self.folder, self.steps, self.flops, self.peak = folder, steps, flops, peak
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.started = self.last = time.perf_counter()
-        self.last_step = start
+        self.last_step, self.last_progress = start, progress
         self.bar = _bar(steps, start)
 
-    def step(self, step: int, tokens: int, values: dict[str, Any]) -> dict[str, Any]:
-        """Record the values of ``step`` (1-based); rates are over the steps since the last."""
+    def step(
+        self, step: int, tokens: int, values: dict[str, Any], progress: float
+    ) -> dict[str, Any]:
+        """Record the values of ``step`` (1-based); rates are over the steps since the last.
+
+        Args:
+            step: optimizer steps done.
+            tokens: of one step.
+            values: plain numbers to write.
+            progress: share of the run that is done, for the time left.
+        """
         now = time.perf_counter()
         done = max(step - self.last_step, 1)
         rate = done * tokens / max(now - self.last, 1e-9)
-        row = {"step": step, **values, "tokens_per_s": rate}
+        row = {"step": step, "tokens": step * tokens, **values, "tokens_per_s": rate}
         if self.peak:
             row["mfu"] = rate * self.flops / self.peak
-        row["eta_s"] = (self.steps - step) * (now - self.last) / done
+        if torch.cuda.is_available():
+            row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        speed = (progress - self.last_progress) / max(now - self.last, 1e-9)
+        row["eta_s"] = (1 - progress) / speed if speed > 0 else 0.0
+        self.last_progress = progress
         self.last, self.last_step = now, step
         self.write(row)
         shown = {k: v for k, v in row.items() if isinstance(v, float | int)}
-        text = " ".join(f"{k}={v:.4g}" for k, v in shown.items() if k != "step")
+        text = " ".join(f"{k}={v:.4g}" for k, v in shown.items() if k not in ("step", "tokens"))
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step, description=text)
         else:
@@ -84,6 +109,21 @@ class Report:
         if self.bar is not None:
             self.bar.stop()
         self.file.close()
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drop lines that a killed run wrote after its last checkpoint: they will come again."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that the kill cut off
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    file.write_text("".join(kept), encoding="utf-8")
 
 
 def _bar(steps: int, start: int) -> Any:

@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,25 @@ from qnext.train.resume import load_checkpoint, save_checkpoint
 from qnext.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a call of the trainer left behind.
+
+    Attributes:
+        model: exported Hugging Face folder.
+        steps: optimizer steps done so far, all calls together.
+        finished: False if ``stop_after_s`` ended the call early; call again to go on.
+        skipped: steps whose update was left out.
+        evaluation: figures on held-out text.
+    """
+
+    model: Path
+    steps: int
+    finished: bool
+    skipped: int
+    evaluation: Evaluation
 
 
 class Trainer:
@@ -76,8 +97,8 @@ class Trainer:
                 hint="tokenise with the recipe's tokenizer, or correct model.vocab_size",
             )
 
-    def run(self) -> Path:
-        """Train to the end (or to ``stop_after_s``), evaluate, export; the exported folder."""
+    def run(self) -> TrainResult:
+        """Train to the end (or to ``stop_after_s``), evaluate, export."""
         config = self.config
         self.output.mkdir(parents=True, exist_ok=True)
         self._resume()
@@ -88,7 +109,7 @@ class Trainer:
             peak = next((v for k, v in PEAK.items() if k in name), None)
             torch.set_float32_matmul_precision("high")
         flops = flops_per_token(self.model_config, config.data.seq_len, self.depth)
-        report = Report(self.output, config.steps, self.step_done, flops, peak)
+        report = Report(self.output, config.steps, self.step_done, flops, peak, self.progress())
         batches = prefetch(self.loader, pin=self.device.type == "cuda")
         started, before = time.perf_counter(), self.elapsed
         late = False
@@ -100,7 +121,9 @@ class Trainer:
                 self.elapsed = before + spent
                 late = bool(config.stop_after_s) and spent > config.stop_after_s
                 if step % config.log_every == 0 or self.progress() >= 1:
-                    row = report.step(step, config.data.batch_tokens, _numbers(values))
+                    row = report.step(
+                        step, config.data.batch_tokens, _numbers(values), self.progress()
+                    )
                     self._watch(row)
                 if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                     report.write({"step": step, "heldout": self.evaluate().to_dict()})
@@ -116,18 +139,21 @@ class Trainer:
         log.info("heldout %s", json.dumps(result.to_dict()))
         report.close()
         plot(self.output)
-        return self.export(result)
+        skipped = int(self.optimizer.skipped)
+        return TrainResult(
+            self.export(result), self.step_done, self.progress() >= 1, skipped, result
+        )
 
     def progress(self) -> float:
         """Share of the run that is done: by steps, or by the clock if that is further."""
         limit = self.config.time_limit_s
         return max(self.step_done / self.config.steps, self.elapsed / limit if limit else 0.0)
 
-    def _step(self, batches: Any) -> dict[str, Tensor | float | list[Tensor]]:
+    def _step(self, batches: Iterator[tuple[TrainBatch, dict[str, int]]]) -> dict[str, Any]:
         """One optimizer step; every value stays on the device."""
         pieces: list[TrainBatch] = []
         for _ in range(self.config.data.micro_batches):
-            batch, self.position = next(batches)
+            batch, position = next(batches)
             pieces.append(batch)
         valid = [max(sum(counts), 1) for counts in zip(*(b.valid for b in pieces), strict=True)]
         main: Any = 0.0
@@ -146,7 +172,7 @@ class Trainer:
             seen = [a + b for a, b in pairs] if pairs is not None else losses.counts
         lr = learning_rate(self.step_done, self.progress(), self.config.optimizer)
         norm = self.optimizer.step(lr)
-        self.step_done += 1
+        self.step_done, self.position = self.step_done + 1, position
         return {"loss": main, "mtp_loss": mtp, "balance": balance, "grad_norm": norm, "lr": lr,
                 "skipped": self.optimizer.skipped, "expert_load": seen}  # fmt: skip
 

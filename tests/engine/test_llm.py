@@ -186,6 +186,9 @@ def test_chat_renders_the_template(llm: LLM) -> None:
     assert bare.prompt == "<|im_start|>user\nthe cat<|im_end|>\n"
     with pytest.raises(RequestError, match="no messages"):
         llm.chat([], GREEDY)
+    for wrong in ("hi", talk[0], [1], [talk, 1], [["hi"]], None):
+        with pytest.raises(RequestError, match="a conversation must be a list of messages"):
+            llm.chat(wrong, GREEDY)  # type: ignore[arg-type]
 
 
 def test_defaults_come_from_the_checkpoint(llm: LLM, folder: Path) -> None:
@@ -243,8 +246,10 @@ def test_bad_words_are_never_written(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("prompts", "params", "words"),
     [
-        ([], [GREEDY], "0, one per prompt"),
-        ("a", [GREEDY, GREEDY], "one per prompt"),
+        ([], [GREEDY], "each of the 0 prompts; found 1 of them"),
+        ("a", [GREEDY, GREEDY], "found 2 of them"),
+        ("a", {"temperature": 0}, "found dict"),
+        ("a", [GREEDY, 3], "found int"),
         ("", GREEDY, "empty"),
         (["a", ""], GREEDY, "empty"),
         ([["a"]], GREEDY, "'a'"),

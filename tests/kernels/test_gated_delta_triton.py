@@ -106,7 +106,7 @@ def test_recurrent_and_its_states(dtype):
     cu = torch.tensor(bounds, dtype=torch.int32)
     got = triton_recurrent.recurrent_gated_delta_rule(*inputs[:5], cu, inputs[5], True)
     want = naive(*(x.double() for x in inputs[:5]), bounds, inputs[5].double())
-    limits = (2e-6 if dtype == torch.float32 else 3e-3, 2e-6, 2e-6)
+    limits = (2e-6 if dtype == torch.float32 else 5e-3, 2e-6, 2e-6)
     for a, b, limit in zip(got, want, limits, strict=True):
         assert error(a, b) < limit
 
