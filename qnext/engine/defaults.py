@@ -1,4 +1,4 @@
-"""What a checkpoint says about generating with it: generation_config.json beside config.json."""
+"""What a checkpoint says about generating with it, and what "auto" means."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qnext.checkpoint.load import parse_dtype
 from qnext.config import ModelConfig
 from qnext.engine.sampling_params import SamplingParams
 from qnext.errors import ConfigError
@@ -60,3 +63,23 @@ def _ids(value: Any, path: Path) -> tuple[int, ...]:
     if any(type(token) is not int for token in ids):
         raise ConfigError(f"{path}: eos_token_id={value!r} must be an integer or a list of them")
     return ids
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
+    """The dtype to load in: the one place that decides what "auto" means on which device.
+
+    It is the checkpoint's own everywhere for now.
+
+    Raises:
+        ConfigError: no floating dtype of that name.
+    """
+    return parse_dtype(dtype) or "auto"
+
+
+def longest_context(config: ModelConfig) -> int:
+    """Most positions the model was made for; YaRN multiplies the original length by its factor."""
+    yarn = config.rope_scaling
+    if yarn is None:
+        return config.max_position_embeddings
+    scaled = int(yarn.original_max_position_embeddings * yarn.factor)
+    return max(config.max_position_embeddings, scaled)

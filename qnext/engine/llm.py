@@ -7,7 +7,6 @@ engine (generate.py) until they are finished. Not for several threads at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qnext.checkpoint import load_model
-from qnext.checkpoint.load import parse_device, parse_dtype
+from qnext.checkpoint.load import parse_device
 from qnext.config import ModelConfig
-from qnext.engine.defaults import GenerationDefaults
+from qnext.engine.defaults import GenerationDefaults, longest_context, resolve_dtype
 from qnext.engine.generate import Engine
 from qnext.engine.options import EngineOptions
 from qnext.engine.outputs import CompletionOutput, RequestOutput, StreamDelta
+from qnext.engine.progress import progress_bar
 from qnext.engine.prompts import (
     ParsedPrompt,
     Prompt,
@@ -29,8 +29,7 @@ from qnext.engine.prompts import (
     parse_prompt,
     parse_prompts,
 )
-from qnext.engine.request import Request, RequestText
-from qnext.engine.request import Sequence as Generation
+from qnext.engine.request import Request, RequestText, news
 from qnext.engine.sampling_params import SamplingParams, nearest_hint
 from qnext.engine.speculative import resolve_num_drafts
 from qnext.engine.stats import EngineStats
@@ -181,7 +180,7 @@ class LLM:
         requests: list[Request] = []
         try:
             requests.extend(make() for make in made)
-            with _bar(len(requests), shown=progress or use_tqdm) as advance:
+            with progress_bar(len(requests), shown=progress or use_tqdm) as advance:
                 done = 0
                 while done < len(requests):
                     self.engine.step()
@@ -288,7 +287,7 @@ class LLM:
             return [self.get_default_sampling_params()] * count
         if isinstance(given, SamplingParams):
             return [given] * count
-        each = list(given) if isinstance(given, (list, tuple)) else [given]
+        each: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
         wrong = [one for one in each if not isinstance(one, SamplingParams)]
         if wrong or len(each) != count:
             found = type(wrong[0]).__name__ if wrong else f"{len(each)} of them"
@@ -332,7 +331,7 @@ class LLM:
                 if not request.finished:
                     self.engine.step()
                 for sequence in list(unsent):
-                    delta, sent[sequence.index] = _news(sequence, *sent[sequence.index])
+                    delta, sent[sequence.index] = news(sequence, *sent[sequence.index])
                     if delta is not None:
                         if delta.finish_reason is not None:
                             unsent.remove(sequence)
@@ -367,47 +366,6 @@ class LLM:
         )
 
 
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
-    """The dtype to load in: the one place that decides what "auto" means on which device.
-
-    It is the checkpoint's own everywhere for now.
-
-    Raises:
-        ConfigError: no floating dtype of that name.
-    """
-    return parse_dtype(dtype) or "auto"
-
-
-def longest_context(config: ModelConfig) -> int:
-    """Most positions the model was made for; YaRN multiplies the original length by its factor."""
-    yarn = config.rope_scaling
-    if yarn is None:
-        return config.max_position_embeddings
-    scaled = int(yarn.original_max_position_embeddings * yarn.factor)
-    return max(config.max_position_embeddings, scaled)
-
-
-def _news(
-    sequence: Generation, ids: int, pieces: int
-) -> tuple[StreamDelta | None, tuple[int, int]]:
-    """What a sequence gained since ``ids`` tokens and ``pieces`` pieces of text were sent."""
-    new_ids = sequence.output_ids[ids:]
-    new_pieces = sequence.text.pieces[pieces:] if sequence.text else []
-    after = (ids + len(new_ids), pieces + len(new_pieces))
-    if not new_ids and not new_pieces and sequence.finish_reason is None:
-        return None, after
-    delta = StreamDelta(
-        text="".join(new_pieces),
-        token_ids=new_ids,
-        finish_reason=sequence.finish_reason,
-        stop_reason=sequence.stop_reason,
-        index=sequence.index,
-        logprobs=None if sequence.logprobs is None else sequence.logprobs[ids : after[0]],
-        error=sequence.error,
-    )
-    return delta, after
-
-
 def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Token ids of each word, at the start of a text and after a space."""
     found = {tuple(tokenizer.encode(form)) for word in words for form in (word, f" {word.strip()}")}
@@ -425,16 +383,3 @@ def _no_tokenizer(what: str) -> RequestError:
         f"{what} needs a tokenizer, and skip_tokenizer_init=True left it out",
         hint="give token ids, or load with skip_tokenizer_init=False",
     )
-
-
-@contextmanager
-def _bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    if not shown:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("generate", total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qnext.engine.outputs import FinishReason, Logprob, LogprobsAtStep, RequestMetrics
-from qnext.engine.sampler import RawLogprobs, SamplingState
+from qnext.engine.outputs import (
+    FinishReason,
+    Logprob,
+    LogprobsAtStep,
+    RequestMetrics,
+    StreamDelta,
+)
+from qnext.engine.sampler import RawLogprobs
 from qnext.engine.sampling_params import SamplingParams
+from qnext.engine.sampling_state import SamplingState
 
 if TYPE_CHECKING:
     from qnext.engine.text_stream import TextStream
@@ -172,3 +179,22 @@ class Sequence:
             self.finish("stop", stop=self.stop_ids[token])
         elif len(self.tokens) >= self.max_total:
             self.finish("length")
+
+
+def news(sequence: Sequence, ids: int, pieces: int) -> tuple[StreamDelta | None, tuple[int, int]]:
+    """What a sequence gained since ``ids`` tokens and ``pieces`` pieces of text were sent."""
+    new_ids = sequence.output_ids[ids:]
+    new_pieces = sequence.text.pieces[pieces:] if sequence.text else []
+    after = (ids + len(new_ids), pieces + len(new_pieces))
+    if not new_ids and not new_pieces and sequence.finish_reason is None:
+        return None, after
+    delta = StreamDelta(
+        text="".join(new_pieces),
+        token_ids=new_ids,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+        index=sequence.index,
+        logprobs=None if sequence.logprobs is None else sequence.logprobs[ids : after[0]],
+        error=sequence.error,
+    )
+    return delta, after

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qnext.engine.options import EngineOptions
 from qnext.engine.request import Sequence
-from qnext.engine.sampler import Row, Sampled, Sampler, top_logprobs
+from qnext.engine.sampler import Sampled, Sampler, top_logprobs
+from qnext.engine.sampling_state import Row
 from qnext.engine.slots import CacheSlots
 from qnext.engine.speculative import Drafter, Span
 from qnext.engine.stats import EngineStats, count_drafts

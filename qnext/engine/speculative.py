@@ -114,13 +114,14 @@ class Drafter:
 
     def _draft(self, hidden: Tensor, spans: Sequence[Span], state: ModelState) -> None:
         """Steps 1..k: a draft from each row of ``hidden`` (N, H), fed back as the next row."""
-        drafts: list[list[int]] = [[] for _ in spans]
         active = list(range(len(spans)))
+        owners: list[int] = []
+        found: list[Tensor] = []
         place = 0
         while True:
             ids = argmax(self.model.logits(hidden)[:, : self.vocab_size].float())
-            for n, token in zip(active, ids.tolist(), strict=True):
-                drafts[n].append(token)
+            owners += active
+            found.append(ids)
             place += 1
             rows = [row for row, n in enumerate(active) if spans[n].num_drafts > place]
             if not rows:
@@ -130,9 +131,11 @@ class Drafter:
             chosen = [spans[n] for n in active]
             contexts = [s.start + s.num_rows + place - 1 for s in chosen]
             hidden = self._run(hidden, ids, contexts, [1] * len(chosen), chosen, state)
-        for span, found in zip(spans, drafts, strict=True):
-            sequence = span.sequence
-            sequence.drafts = self.override(sequence, found) if self.override else found
+        for n, token in zip(owners, torch.cat(found).tolist(), strict=True):
+            spans[n].sequence.drafts.append(token)
+        if self.override is not None:
+            for span in spans:
+                span.sequence.drafts = self.override(span.sequence, span.sequence.drafts)
 
     def _run(
         self,

@@ -52,7 +52,8 @@ class GatedAttention(nn.Module):
         k = apply_rotary(self.k_norm(k), *rotary)
         if state is None or batch.slots is None:
             bounds = batch.cu_seqlens
-            out = varlen_attention(q, k, v, bounds, bounds, self.head_dim**-0.5)
+            scale = self.head_dim**-0.5
+            out = varlen_attention(q, k, v, bounds, bounds, scale, batch.max_length)
         else:
             out = self._cached(q, k, v, batch, state)
         if gate is not None:

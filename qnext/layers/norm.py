@@ -26,7 +26,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
         # A plain weight minus one in fp32 is the same norm: one op serves both families.
-        weight = self.weight if self.zero_centred else self.weight.float() - 1.0
+        weight = self.weight
+        if not self.zero_centred:
+            weight = (weight if weight.dtype == torch.float64 else weight.float()) - 1.0
         return rms_norm(x, weight, self.eps)
 
 

@@ -174,7 +174,7 @@ def compose(blocks: Iterable[Block], seen: set[bytes]) -> Iterator[str]:
 
 
 def split_heldout(
-    documents: list[_Document], total: int = HELDOUT_BYTES
+    documents: list[_Document], total: int
 ) -> tuple[list[_Document], list[_Document]]:
     """(train, held-out): of every source, documents in hash order up to its share of ``total``."""
     rate = total / max(1, sum(d.size for d in documents))
@@ -196,6 +196,19 @@ def split_heldout(
             heldout.add(min(group, key=lambda d: (d.size, d.digest)).digest)
     train = [d for d in documents if d.digest not in heldout]
     return train, [d for d in documents if d.digest in heldout]
+
+
+def drop_shared(heldout: list[_Document], train: list[_Document]) -> list[_Document]:
+    """Held-out documents without prose that also stands in train (say, a heading there)."""
+    keys = {paragraph_key(p) for d in heldout for p in d.text.split("\n\n") if is_prose(p)}
+    shared = {k for d in train for p in d.text.split("\n\n") if (k := paragraph_key(p)) in keys}
+    kept = []
+    for d in heldout:
+        parts = [
+            p for p in d.text.split("\n\n") if not is_prose(p) or paragraph_key(p) not in shared
+        ]
+        kept.append(_Document("\n\n".join(parts), d.source))
+    return [d for d in kept if d.text]
 
 
 def _run(command: list[str], cwd: Path) -> None:
@@ -287,13 +300,16 @@ def _compose_source(source: Source, work: Path, seen: set[bytes]) -> list[_Docum
     return [d for d in documents if d.digest in kept]
 
 
-def build_corpus(sources: Path, work: Path, out: Path, *, jobs: int = 2) -> dict[str, Any]:
+def build_corpus(
+    sources: Path, work: Path, out: Path, *, jobs: int = 2, heldout_bytes: int = HELDOUT_BYTES
+) -> dict[str, Any]:
     """Build ``out/{train,heldout}.jsonl`` ({text, source} a line) and ``out/manifest.json``.
 
     Args:
         sources: ``sources.toml``. The order matters: of equal paragraphs the first source's stays.
         work: Folder for downloads and unpacked packages; kept, so that a second run is quick.
         out: Folder of the results.
+        heldout_bytes: Size of the held-out split, shared out over the sources.
         jobs: Processes that extract at the same time.
 
     Returns:
@@ -310,7 +326,8 @@ def build_corpus(sources: Path, work: Path, out: Path, *, jobs: int = 2) -> dict
     documents: list[_Document] = []
     for source in listed:
         documents += _compose_source(source, work, seen)
-    train, heldout = split_heldout(documents)
+    train, heldout = split_heldout(documents, heldout_bytes)
+    heldout = drop_shared(heldout, train)
     train.sort(key=lambda d: d.digest)
     manifest: dict[str, Any] = {"sources": {}}
     for source, info in zip(listed, infos, strict=True):
@@ -344,10 +361,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--sample-mb", type=float, default=40, help="text the BPE is trained on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--heldout-bytes", type=int, default=HELDOUT_BYTES)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     text, folder = args.out / "text", args.out / "tokenizer"
-    build_corpus(args.sources, args.work or args.out / "work", text, jobs=args.jobs)
+    build_corpus(
+        args.sources,
+        args.work or args.out / "work",
+        text,
+        jobs=args.jobs,
+        heldout_bytes=args.heldout_bytes,
+    )
     train_tokenizer(
         read_texts(text / "train.jsonl", int(args.sample_mb * 1e6)), args.vocab_size, folder
     )

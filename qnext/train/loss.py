@@ -27,21 +27,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: int) -> Tensor:
         grads = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if grads else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if grads else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        grad_weight = torch.zeros_like(weight, dtype=wide) if grads else None
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             h, target = hidden[part], labels[part]
             valid = target != IGNORE_INDEX
             index = target.clamp(min=0).unsqueeze(1)
-            logits = (h @ weight.t()).float()
+            logits = (h @ weight.t()).to(wide)
             norm = logits.logsumexp(1, keepdim=True)
             picked = logits.gather(1, index)
             loss += ((norm - picked).squeeze(1) * valid).sum() / count
             if grad_hidden is not None and grad_weight is not None:
                 slope = (logits - norm).exp_()
                 slope.scatter_add_(1, index, slope.new_full((1, 1), -1.0).expand_as(index))
-                slope = (slope * (valid / count).unsqueeze(1)).to(h.dtype)
+                slope = (slope * (valid.to(wide) / count).unsqueeze(1)).to(h.dtype)
                 grad_hidden[part] = slope @ weight
                 grad_weight += slope.t() @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -65,7 +66,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, count: 
         count: valid labels of the whole step (all micro batches, all ranks).
 
     Returns:
-        fp32 scalar, in nats.
+        fp32 scalar, in nats (fp64 for fp64 inputs).
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, count)  # type: ignore[no-any-return]
 

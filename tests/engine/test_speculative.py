@@ -20,8 +20,9 @@ from engine_models import (
 )
 
 from qnext.engine.request import Sequence
-from qnext.engine.sampler import Row, SamplingState, probs
+from qnext.engine.sampler import probs
 from qnext.engine.sampling_params import SamplingParams
+from qnext.engine.sampling_state import Row, SamplingState
 from qnext.engine.speculative import resolve_num_drafts
 from qnext.errors import ConfigError
 from qnext.layers.model import CausalLM

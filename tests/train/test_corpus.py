@@ -199,11 +199,8 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_build_is_deduplicated_counted_and_repeatable(
-    tree: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(corpus, "HELDOUT_BYTES", 3000)
-    manifest = build_corpus(tree / "sources.toml", tree, tree / "out", jobs=1)
+def test_build_is_deduplicated_counted_and_repeatable(tree: Path) -> None:
+    manifest = build_corpus(tree / "sources.toml", tree, tree / "out", jobs=1, heldout_bytes=3000)
     records = {
         split: [json.loads(line) for line in (tree / f"out/{split}.jsonl").read_text().splitlines()]
         for split in ("train", "heldout")
@@ -217,6 +214,7 @@ def test_build_is_deduplicated_counted_and_repeatable(
         ]
         for split, group in records.items()
     }
+    assert len(records["train"]) > len(records["heldout"]) > 1
     everything = keys["train"] + keys["heldout"]
     assert len(everything) == len(set(everything))
     assert {r["source"] for r in records["heldout"]} == {"books", "pages"}
@@ -228,8 +226,28 @@ def test_build_is_deduplicated_counted_and_repeatable(
     assert pages["licence"] == "MIT"
     assert pages["train"]["bytes"] + pages["heldout"]["bytes"] <= 4000
     before = {p.name: p.read_bytes() for p in (tree / "out").iterdir()}
-    build_corpus(tree / "sources.toml", tree, tree / "out", jobs=1)
+    build_corpus(tree / "sources.toml", tree, tree / "out", jobs=1, heldout_bytes=3000)
     assert {p.name: p.read_bytes() for p in (tree / "out").iterdir()} == before
+
+
+def test_prose_that_stands_in_train_leaves_the_heldout_text() -> None:
+    train = [corpus._Document(f"{sentence(1)}\n\n{sentence(2)}", "a")]
+    heldout = [corpus._Document(f"Title\n\n{sentence(3)}\n\n{sentence(2)}", "b")]
+    assert [d.text for d in corpus.drop_shared(heldout, train)] == [f"Title\n\n{sentence(3)}"]
+
+
+def test_the_command_makes_text_tokenizer_and_shards(tree: Path) -> None:
+    out = tree / "all"
+    corpus.main(
+        f"--sources {tree}/sources.toml --work {tree} --out {out}"
+        " --vocab-size 300 --jobs 1 --heldout-bytes 3000".split()
+    )
+    text = json.loads((out / "text/manifest.json").read_text())
+    shards = json.loads((out / "shards/manifest.json").read_text())
+    for split in ("train", "heldout"):
+        assert shards[split]["bytes"] == text[split]["bytes"] > 0
+        size = (out / f"shards/{split}.bin").stat().st_size
+        assert size == 2 * shards[split]["tokens"]
 
 
 def test_sources_name_what_is_wrong(tmp_path: Path) -> None:

@@ -24,7 +24,13 @@ def supports(q: Tensor) -> bool:
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    max_seqlen: int,
 ) -> Tensor:
     """See the contract in ``qnext.kernels.attention``; the lengths are never read on the host."""
     from torch.nn.attention.varlen import varlen_attn
@@ -40,6 +46,5 @@ def varlen_attention(
         else:
             ratio = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
-    # The true maxima would need a host read; the packed lengths bound them.
-    out = varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, len(q), len(k), **options)
+    out = varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen, **options)
     return out[0] if isinstance(out, tuple) else out

@@ -19,8 +19,8 @@ from qnext.errors import KernelError
 TAPS = 4
 #: (value columns per program, warps) of the token loop.
 RECURRENT_CONFIG = (32, 4)
-#: Warps of the fused decode: one for every 2,048 numbers of a head's state.
-DECODE_NUMBERS_PER_WARP = 2048
+#: (value columns per tile, warps, tiles loaded ahead) of the fused decode.
+DECODE_CONFIG = (32, 4, 3)
 
 
 @triton.jit
@@ -160,29 +160,33 @@ def _silu(x):
 def _decode(
     qkv, z, b, a, conv_state, conv_weight, A_log, dt_bias, norm_weight, state, slots, out,
     s_qkv, s_z, s_b, s_a, eps,
-    HK: tl.constexpr, RATIO: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PDL: tl.constexpr,
+    HK: tl.constexpr, RATIO: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr,
+    DV: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sequence: one key head and the RATIO value heads that share it."""
+    """One token of one sequence: one key head and the RATIO value heads that share it.
+
+    The state passes in tiles of BV columns with loads ahead; HEADS is RATIO's next power of two.
+    """
     hk = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64)
     HV: tl.constexpr = HK * RATIO
     C: tl.constexpr = 2 * HK * DK + HV * DV
+    TILES: tl.constexpr = DV // BV
     d = tl.arange(0, DK)
-    e = tl.arange(0, DV)
-    inside = d[:, None] * DV + e[None, :]
+    e = tl.arange(0, BV)
+    part = tl.arange(0, HEADS * TILES)
+    own = (part < RATIO * TILES)[:, None]
+    column = (n * HV + hk * RATIO) * DV + part[:, None] * BV + e[None, :]
     if PDL:
         gdc_launch_dependents()
     slot = tl.load(slots + n).to(tl.int64)
     if slot < 0:
         if PDL:
             gdc_wait()
-        for r in range(RATIO):
-            where = out + (n * HV + hk * RATIO + r) * DV + e
-            tl.store(where, tl.zeros((DV,), out.dtype.element_ty))
+        tl.store(out + column, tl.zeros((HEADS * TILES, BV), out.dtype.element_ty), mask=own)
         return
     state += slot * (HV * DK * DV) + hk * RATIO * DK * DV
     conv_state += slot * (C * 3)
-    S = tl.load(state + inside).to(tl.float32)  # its bytes are the time: ask for them first
     if PDL:
         gdc_wait()
 
@@ -218,12 +222,12 @@ def _decode(
     tl.store(conv_state + ck * 3 + 1, k2)
     tl.store(conv_state + ck * 3 + 2, k3.to(k2.dtype))
 
-    w = tl.load(norm_weight + e).to(tl.float32)
-    for r in tl.static_range(RATIO):
-        h = hk * RATIO + r
-        if r > 0:
-            S = tl.load(state + r * DK * DV + inside).to(tl.float32)
-        cv = 2 * HK * DK + h * DV + e
+    normed = tl.zeros((HEADS * TILES, BV), tl.float32)
+    for p in tl.range(0, RATIO * TILES, num_stages=STAGES):
+        h = hk * RATIO + p // TILES
+        where = state + (p // TILES) * (DK * DV) + p % TILES * BV + d[:, None] * DV + e[None, :]
+        S = tl.load(where).to(tl.float32)
+        cv = 2 * HK * DK + (hk * RATIO * TILES + p) * BV + e
         v0 = tl.load(conv_state + cv * 3)
         v1 = tl.load(conv_state + cv * 3 + 1)
         v2 = tl.load(conv_state + cv * 3 + 2)
@@ -233,7 +237,6 @@ def _decode(
         v += v2.to(tl.float32) * tl.load(conv_weight + cv * 4 + 2).to(tl.float32)
         v += v3.to(tl.float32) * tl.load(conv_weight + cv * 4 + 3).to(tl.float32)
         v = _silu(v)
-        zt = tl.load(z + n * s_z + h * DV + e).to(tl.float32)
         beta = tl.sigmoid(tl.load(b + n * s_b + h).to(tl.float32))
         dt = tl.load(a + n * s_a + h).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
         soft = tl.where(dt > 20.0, dt, tl.log(1.0 + tl.exp(tl.minimum(dt, 20.0))))
@@ -242,15 +245,26 @@ def _decode(
         read = tl.sum(S * q[:, None], 0) * decay
         delta = beta * (v - predicted)
         S = S * decay + k[:, None] * delta[None, :]
-        tl.store(state + r * DK * DV + inside, S.to(state.dtype.element_ty))
-        tl.debug_barrier()
-        tl.store(conv_state + cv * 3, v1)
-        tl.store(conv_state + cv * 3 + 1, v2)
-        tl.store(conv_state + cv * 3 + 2, v3.to(v2.dtype))
-        o = read + qk * delta
-        o *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps)
-        o = o * w * _silu(zt)
-        tl.store(out + (n * HV + h) * DV + e, o.to(out.dtype.element_ty))
+        tl.store(where, S.to(state.dtype.element_ty))
+        normed = tl.where(part[:, None] == p, (read + qk * delta)[None, :], normed)
+
+    # not in the loop: a barrier there would keep its loads from running ahead
+    cv = 2 * HK * DK + (hk * RATIO * TILES + part[:, None]) * BV + e[None, :]
+    v1 = tl.load(conv_state + cv * 3 + 1, mask=own)
+    v2 = tl.load(conv_state + cv * 3 + 2, mask=own)
+    v3 = tl.load(qkv + n * s_qkv + cv, mask=own)
+    tl.debug_barrier()
+    tl.store(conv_state + cv * 3, v1, mask=own)
+    tl.store(conv_state + cv * 3 + 1, v2, mask=own)
+    tl.store(conv_state + cv * 3 + 2, v3.to(v2.dtype), mask=own)
+
+    square = tl.reshape(tl.sum(normed * normed, 1), (HEADS, TILES))
+    rstd = tl.rsqrt(tl.sum(square, 1) / DV + eps)[:, None] + tl.zeros((HEADS, TILES), tl.float32)
+    normed *= tl.reshape(rstd, (HEADS * TILES,))[:, None]
+    w = tl.load(norm_weight + (part % TILES)[:, None] * BV + e[None, :]).to(tl.float32)
+    gate = z + n * s_z + hk * RATIO * DV + part[:, None] * BV + e[None, :]
+    normed *= w * _silu(tl.load(gate, mask=own, other=0.0).to(tl.float32))
+    tl.store(out + column, normed.to(out.dtype.element_ty), mask=own)
 
 
 def fused_decode(
@@ -305,12 +319,13 @@ def fused_decode(
             hint="the fused kernel has 4 taps and contiguous states; use the separate ops",
         )
     out = torch.empty(len(z), heads * dv, dtype=mixed_qkv.dtype, device=z.device)
-    warps = min(max(dk * dv // DECODE_NUMBERS_PER_WARP, 1), 16)
+    width, warps, stages = DECODE_CONFIG
+    ratio = heads // key_heads
     options = {"launch_pdl": True} if pdl else {}
     _decode[(key_heads, len(z))](
         mixed_qkv, z, b, a, conv_state, conv_weight, A_log, dt_bias, norm_weight, recurrent_state,
         slot_ids, out, mixed_qkv.stride(0), z.stride(0), b.stride(0), a.stride(0), eps,
-        HK=key_heads, RATIO=heads // key_heads, DK=dk, DV=dv, PDL=pdl, num_warps=warps,
-        num_stages=1, **options,
+        HK=key_heads, RATIO=ratio, HEADS=triton.next_power_of_2(ratio), DK=dk, DV=dv,
+        BV=min(width, dv), STAGES=stages, PDL=pdl, num_warps=warps, num_stages=stages, **options,
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""RMS norms in torch: fp32 inside, rounded where the checkpoint's authors round."""
+"""RMS norms in torch: fp32 inside (fp64 for fp64), rounded where the checkpoint's authors round."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Zero-centred RMSNorm; see the contract in ``qnext.kernels.norm``."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, (x.shape[-1],), weight.float() + 1.0, eps)
-    x32 = x.float()
-    return F.rms_norm(x32, (x.shape[-1],), weight.float() + 1.0, eps).to(x.dtype)
+    wide = _wide(x)
+    return F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype) + 1.0, eps).to(x.dtype)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Gated RMSNorm; see the contract in ``qnext.kernels.norm``."""
-    normed = F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
-    return (weight.to(x.dtype) * normed * F.silu(z.float())).to(x.dtype)
+    normed = F.rms_norm(_wide(x), (x.shape[-1],), None, eps).to(x.dtype)
+    return (weight.to(x.dtype) * normed * F.silu(_wide(z))).to(x.dtype)
