@@ -25,6 +25,8 @@ ARCHITECTURES: dict[str, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+# Far above any model; a damaged file must not make us count to a billion.
+MAX_LAYERS, MAX_EXPERTS = 1000, 8192
 HYBRID = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 SPARSE = ("qwen3_next", "qwen3_5_moe", "qwen3_moe")
 
@@ -46,7 +48,7 @@ IGNORED = frozenset(
 class Yarn(BaseModel):
     """YaRN: how the rotary frequencies are stretched (spec section 7)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     factor: float = Field(gt=0)
     original_max_position_embeddings: int = Field(gt=0)
@@ -62,18 +64,17 @@ class ModelConfig(BaseModel):
     entry per layer. ``rope_scaling`` is None for plain RoPE.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model_type: ModelType
     vocab_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
     attention_bias: bool = False
     attn_output_gate: bool = True
-    zero_centred_norms: bool = True
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     max_position_embeddings: int = Field(gt=0)
     rope_theta: float = Field(gt=0)
@@ -86,7 +87,7 @@ class ModelConfig(BaseModel):
     linear_key_head_dim: int = Field(default=0, ge=0)
     linear_value_head_dim: int = Field(default=0, ge=0)
     linear_conv_kernel_dim: int = Field(default=4, ge=2)
-    num_experts: int = Field(default=0, ge=0)
+    num_experts: int = Field(default=0, ge=0, le=MAX_EXPERTS)
     num_experts_per_tok: int = Field(default=0, ge=0)
     moe_intermediate_size: int = Field(default=0, ge=0)
     shared_expert_intermediate_size: int = Field(default=0, ge=0)
@@ -116,6 +117,7 @@ class ModelConfig(BaseModel):
              f"head_dim {self.head_dim} times partial_rotary_factor {self.partial_rotary_factor} "
              "must give an even number of channels, at least 2")
         if "linear_attention" in self.layer_types:
+            need(self.model_type in HYBRID, f"{self.model_type} has no linear_attention layers")
             for name in ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
                          "linear_value_head_dim"):
                 need(getattr(self, name) > 0, f"{name} is needed by the linear_attention layers")
@@ -136,6 +138,11 @@ class ModelConfig(BaseModel):
                 need(token is None or 0 <= token < self.vocab_size,
                      f"{name} {token} is outside the vocabulary of {self.vocab_size}")
         return self
+
+    @property
+    def zero_centred_norms(self) -> bool:
+        """Whether norm weights are stored as the distance from one; Qwen3 stores them plain."""
+        return self.model_type in HYBRID
 
     @property
     def rotary_dim(self) -> int:
@@ -175,7 +182,7 @@ class ModelConfig(BaseModel):
             raise ConfigError(
                 f"{path} does not exist", hint="a checkpoint folder needs a config.json"
             ) from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, giant numbers
             raise ConfigError(f"{path} is not JSON: {error}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{path} holds a {type(data).__name__}, not an object")
@@ -201,7 +208,7 @@ def _read(data: dict[str, Any]) -> ModelConfig:
     if "num_local_experts" in data:  # how transformers 5 writes it for Qwen3-MoE
         data = {"num_experts": data["num_local_experts"], **data}
         del data["num_local_experts"]
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ConfigError(
             f"model_type {kind!r} is not known",
             hint="known: " + ", ".join(ARCHITECTURES),
@@ -221,31 +228,39 @@ def _read(data: dict[str, Any]) -> ModelConfig:
         raise ConfigError("use_sliding_window is not supported; published models do not use it")
 
     layers = _integer(data, "num_hidden_layers")
-    if layers <= 0:
-        raise ConfigError(f"num_hidden_layers is {layers}; it must be positive")
+    if layers > MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers is {layers}; at most {MAX_LAYERS} are supported")
     if not hybrid:
         fields.setdefault("attn_output_gate", False)
-        fields["zero_centred_norms"] = False
+        fields = {k: v for k, v in fields.items() if not k.startswith("linear_")}
+    if isinstance(data.get("layer_types"), list):
+        fields["layer_types"] = tuple(data["layer_types"])
     if data.get("layer_types") is None:
-        interval = data.get("full_attention_interval") or (4 if hybrid else 1)
+        interval = _integer(data, "full_attention_interval", 4 if hybrid else 1)
         fields["layer_types"] = tuple(
             "full_attention" if (i + 1) % interval == 0 else "linear_attention"
             for i in range(layers)
         )
     if sparse:
-        step = data.get("decoder_sparse_step") or 1
-        dense = set(data.get("mlp_only_layers") or ())
+        step = _integer(data, "decoder_sparse_step", 1)
+        dense = data.get("mlp_only_layers") or []
+        if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+            raise ConfigError(f"mlp_only_layers is {dense!r}; it must be a list of layer numbers")
         fields["sparse_layers"] = tuple(
             i not in dense and bool(data.get("num_experts")) and (i + 1) % step == 0
             for i in range(layers)
         )
     else:
         fields["sparse_layers"] = (False,) * layers
-        for key in ("num_experts", "num_experts_per_tok"):
+        for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
+                    "shared_expert_intermediate_size", "norm_topk_prob"):
             fields.pop(key, None)
+    if kind == "qwen3_moe" and fields.pop("shared_expert_intermediate_size", None):
+        raise ConfigError("qwen3_moe has no shared expert, yet shared_expert_intermediate_size "
+                          f"is {data['shared_expert_intermediate_size']!r}")  # fmt: skip
     if kind == "qwen3_5_moe":
         fields["norm_topk_prob"] = True  # the code of this family always renormalises
-    elif sparse and "norm_topk_prob" not in data:
+    elif sparse and data.get("norm_topk_prob") is None:
         raise ConfigError(
             "norm_topk_prob is missing", hint="published files of this family all state it"
         )
@@ -267,18 +282,25 @@ def _read(data: dict[str, Any]) -> ModelConfig:
 
 def _read_rope(data: dict[str, Any], kind: str) -> dict[str, Any]:
     """Both spellings: top-level keys with ``rope_scaling``, or one ``rope_parameters``."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(data.get(name) or {}, dict):
+            raise ConfigError(f"{name} is {data[name]!r}; it must be an object")
     rope = dict(data.get("rope_parameters") or {})
     scaling = dict(data.get("rope_scaling") or {})
-    for name, old in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        if not all(isinstance(k, str) for k in old):
-            raise ConfigError(f"{name} must be an object with string keys")
-    theta = rope.pop("rope_theta", None) or data.get("rope_theta")
+    for name in ("rope_theta", "partial_rotary_factor"):
+        here, there = rope.get(name), data.get(name)
+        if here is not None and there is not None and here != there:
+            raise ConfigError(f"{name} is {there!r} at the top level and {here!r} in "
+                              "rope_parameters")  # fmt: skip
+    inner, outer = rope.pop("rope_theta", None), data.get("rope_theta")
+    theta = inner if inner is not None else outer
     if theta is None:
         raise ConfigError(
             "rope_theta is missing", hint="give it at the top level or in rope_parameters"
         )
     default = 1.0 if kind in ("qwen3", "qwen3_moe") else 0.25
-    part = rope.pop("partial_rotary_factor", None) or data.get("partial_rotary_factor") or default
+    choices = (rope.pop("partial_rotary_factor", None), data.get("partial_rotary_factor"), default)
+    part = next(c for c in choices if c is not None)
     merged = {**rope, **scaling}
     kind_of = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
     merged.pop("type", None)
@@ -345,8 +367,10 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         data["mtp_num_hidden_layers" if c.model_type.startswith("qwen3_5") else "num_nextn_predict_layers"] = 1
     # transformers 4.57 reads the first three keys only, 5.x reads either spelling.
     data["rope_theta"] = c.rope_theta
-    if hybrid:
+    if hybrid or c.partial_rotary_factor != 1:
         data["partial_rotary_factor"] = c.partial_rotary_factor
+    if c.attn_output_gate != hybrid:
+        data["attn_output_gate"] = c.attn_output_gate
     scaling = None
     if c.rope_scaling is not None:
         scaling = {"rope_type": "yarn", **c.rope_scaling.model_dump(exclude_none=True)}
@@ -371,7 +395,7 @@ def _mrope(half: int) -> list[int]:
 
 
 def _refuse_unknown(data: dict[str, Any]) -> None:
-    known = set(ModelConfig.model_fields) | IGNORED
+    known = (set(ModelConfig.model_fields) | IGNORED) - {"sparse_layers"}
     for key in data:
         if key not in known and not key.startswith("_"):
             near = difflib.get_close_matches(key, known, 1)
@@ -381,17 +405,19 @@ def _refuse_unknown(data: dict[str, Any]) -> None:
             )
 
 
-def _integer(data: dict[str, Any], key: str) -> int:
-    value = data.get(key)
+def _integer(data: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number; ``default`` where the key is absent or null."""
+    value = data.get(key, default)
+    value = default if value is None else value
     if value is None:
         raise ConfigError(f"{key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{key} is {value!r}; it must be a whole number")
+    if type(value) is not int or value <= 0:
+        raise ConfigError(f"{key} is {value!r}; it must be a positive whole number")
     return value
 
 
-def _first(data: dict[str, Any], *keys: str) -> int:
-    return next((int(data[k]) for k in keys if data.get(k) is not None), 0)
+def _first(data: dict[str, Any], *keys: str) -> Any:
+    return next((data[k] for k in keys if data.get(k) is not None), 0)
 
 
 def _explain(error: ValidationError) -> str:

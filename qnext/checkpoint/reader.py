@@ -154,7 +154,7 @@ def read_header(file: Path) -> dict[str, Any]:
         raw = handle.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, giant numbers
         raise DamagedFile(f"{file} has a header that is not JSON: {error}") from error
     except _Duplicate as error:
         raise DamagedFile(f"{file} names {error.args[0]!r} twice") from error
@@ -164,7 +164,9 @@ def read_header(file: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, info in header.items():
         if name == "__metadata__":
-            result[name] = info if isinstance(info, dict) else {}
+            if not isinstance(info, dict) or not all(isinstance(v, str) for v in info.values()):
+                raise DamagedFile(f"{file}: __metadata__ must map names to strings")
+            result[name] = info
             continue
         dtype, shape, begin, end = _entry(file, name, info)
         spans.append((begin, end, name))
@@ -180,7 +182,7 @@ def _entry(file: Path, name: str, info: Any) -> tuple[str, tuple[int, ...], int,
         sane = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFile(f"{file}: the entry of {name} is malformed") from error
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise DamagedFile(f"{file}: {name} has the unknown dtype {dtype!r}")
     if not sane or end - begin != prod(shape) * ITEM_BYTES[dtype]:
         raise DamagedFile(
@@ -221,7 +223,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not JSON: {error}") from error
     except _Duplicate as error:
         raise DamagedFile(f"{path} names {error.args[0]!r} twice") from error

@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
         # A plain weight minus one in fp32 is the same norm: one op serves both families.
-        weight = self.weight
+        weight: Tensor = self.weight
         if not self.zero_centred:
             weight = (weight if weight.dtype == torch.float64 else weight.float()) - 1.0
         return rms_norm(x, weight, self.eps)

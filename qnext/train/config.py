@@ -6,7 +6,7 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -33,8 +33,10 @@ class DataConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """AdamW with warm-up, stable phase and linear decay."""
+    """AdamW (or Muon for the hidden matrices) with warm-up, stable phase and linear decay."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: AdamW is left with embedding, head, router, norms and other vectors."""
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -132,7 +134,7 @@ def _override(data: dict[str, Any], item: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    known = {
+    known: dict[tuple[int | str, ...], type[BaseModel]] = {
         (): TrainConfig, ("data",): DataConfig, ("optimizer",): OptimizerConfig,
         ("loss",): LossConfig,
     }  # fmt: skip

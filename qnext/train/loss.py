@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qnext.kernels.cross_entropy import cross_entropy
 from qnext.layers.model import CausalLM
 from qnext.layers.moe import RouterStats
 from qnext.train.config import LossConfig
-from qnext.train.data import IGNORE_INDEX, TrainBatch
+from qnext.train.data import TrainBatch
 
 CHUNK_TOKENS = 16384
 
@@ -32,19 +33,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            h, target = hidden[part], labels[part]
-            valid = target != IGNORE_INDEX
-            index = target.clamp(min=0).unsqueeze(1)
-            logits = (h @ weight.t()).to(wide)
-            norm = logits.logsumexp(1, keepdim=True)
-            picked = logits.gather(1, index)
-            loss += ((norm - picked).squeeze(1) * valid).sum() / count
+            losses, slopes = cross_entropy(hidden[part] @ weight.t(), labels[part], 1 / count)
+            loss += losses.sum() / count
             if grad_hidden is not None and grad_weight is not None:
-                slope = (logits - norm).exp_()
-                slope.scatter_add_(1, index, slope.new_full((1, 1), -1.0).expand_as(index))
-                slope = (slope * (valid.to(wide) / count).unsqueeze(1)).to(h.dtype)
-                grad_hidden[part] = slope @ weight
-                grad_weight += slope.t() @ h
+                grad_hidden[part] = slopes @ weight
+                grad_weight += slopes.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return loss
@@ -62,7 +55,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, count: 
     Args:
         hidden: (T, H).
         weight: (V, H) of the head.
-        labels: (T,) int64; IGNORE_INDEX is left out.
+        labels: (T,) int64; negative ones (IGNORE_INDEX) are left out.
         count: valid labels of the whole step (all micro batches, all ranks).
 
     Returns:

@@ -1,4 +1,4 @@
-"""AdamW on fp32 masters, with the decay groups of the paper."""
+"""AdamW and Muon on fp32 masters, with the decay groups of the paper."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qnext.layers.delta_net import DepthwiseConv
 from qnext.layers.norm import GatedRMSNorm
 from qnext.train.config import OptimizerConfig
+from qnext.train.muon import Muon, wants_muon
 
 
 def decayed(model: nn.Module, name: str) -> bool:
@@ -25,8 +26,8 @@ def decayed(model: nn.Module, name: str) -> bool:
     return model.get_parameter(name).ndim >= 2
 
 
-class MasterAdamW:
-    """Fused AdamW over fp32 master weights; the model may compute in bfloat16.
+class MasterOptimizer:
+    """Fused AdamW, and Muon on request, over fp32 masters; the model may compute in bfloat16.
 
     In fp32 the masters are the model's own parameters. A step with a non-finite gradient norm, or
     one ``spike_factor`` above its running mean, is skipped on the device without a host
@@ -55,8 +56,15 @@ class MasterAdamW:
         self.skipped = torch.zeros((), dtype=torch.float32, device=device)
         self.mean_norm = torch.zeros((), dtype=torch.float32, device=device)
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
+        matrices: dict[str, Tensor] = {}
         for name, master in zip(self.names, self.masters, strict=True):
-            groups[decayed(model, name)].append(master)
+            if config.kind == "muon" and wants_muon(model, name):
+                matrices[name] = master
+            else:
+                groups[decayed(model, name)].append(master)
+        self.muon: Muon | None = None
+        if matrices:
+            self.muon = Muon(list(matrices), list(matrices.values()), config.weight_decay)
         self.inner = torch.optim.AdamW(
             [
                 {"params": groups[True], "weight_decay": config.weight_decay},
@@ -96,6 +104,8 @@ class MasterAdamW:
         for group in self.inner.param_groups:
             group["lr"] = lr
         self.inner.step()
+        if self.muon is not None:
+            self.muon.step(lr, bad)
         copies = [(p, m) for p, m in zip(self.params, self.masters, strict=True) if p is not m]
         if copies:
             with torch.no_grad():
@@ -119,6 +129,7 @@ class MasterAdamW:
     def tensors(self) -> dict[str, Tensor]:
         """Masters and moments by name: everything a checkpoint must hold."""
         out = {"skipped": self.skipped, "mean_norm": self.mean_norm}
+        out |= self.muon.tensors() if self.muon is not None else {}
         for name, master in zip(self.names, self.masters, strict=True):
             out[f"master.{name}"] = master.detach()
             for key, value in self.inner.state.get(master, {}).items():
@@ -130,6 +141,8 @@ class MasterAdamW:
         with torch.no_grad():
             self.skipped.copy_(tensors["skipped"])
             self.mean_norm.copy_(tensors["mean_norm"])
+            for name, momentum in (self.muon.tensors() if self.muon is not None else {}).items():
+                momentum.copy_(tensors[name])
             for name, param, master in zip(self.names, self.params, self.masters, strict=True):
                 master.copy_(tensors[f"master.{name}"])
                 if master is not param:

@@ -173,7 +173,7 @@ def plot(folder: Path) -> list[Path]:
         figure = Figure(figsize=(9, 4), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(loads[-1], aspect="auto", cmap="viridis", vmin=0)
-        axes.set(xlabel="expert", ylabel="sparse layer (the last one: MTP)",
+        axes.set(xlabel="expert", ylabel="sparse layer, then MTP by depth",
                  title="expert load at the end (1 = perfectly balanced)")  # fmt: skip
         figure.colorbar(image)
         made.append(folder / "expert_load.png")

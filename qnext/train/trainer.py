@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from qnext.train.config import TrainConfig, dump_recipe
 from qnext.train.data import PackedLoader, TokenShards, TrainBatch, prefetch
 from qnext.train.evaluate import Evaluation, evaluate
 from qnext.train.loss import compute_losses
-from qnext.train.optim import MasterAdamW
+from qnext.train.optim import MasterOptimizer
 from qnext.train.report import PEAK, Report, flops_per_token, plot
 from qnext.train.resume import load_checkpoint, save_checkpoint
 from qnext.train.schedule import learning_rate
@@ -75,7 +76,7 @@ class Trainer:
         self.heldout = TokenShards(config.data.shards, "heldout")
         self._check_vocabulary()
         self.model = build_model(self.model_config, "float32", self.device, seed=config.seed)
-        self.optimizer = MasterAdamW(self.model, config.optimizer, dtype)
+        self.optimizer = MasterOptimizer(self.model, config.optimizer, dtype)
         self.loader = PackedLoader(
             self.shards,
             config.data.batch_tokens // config.data.micro_batches,
@@ -110,6 +111,21 @@ class Trainer:
             torch.set_float32_matmul_precision("high")
         flops = flops_per_token(self.model_config, config.data.seq_len, self.depth)
         report = Report(self.output, config.steps, self.step_done, flops, peak, self.progress())
+        with closing(report):
+            self._loop(report)
+            self.checkpoint()
+            result = self.evaluate()
+            report.write({"step": self.step_done, "heldout": result.to_dict()})
+        log.info("heldout %s", json.dumps(result.to_dict()))
+        plot(self.output)
+        skipped = int(self.optimizer.skipped)
+        return TrainResult(
+            self.export(result), self.step_done, self.progress() >= 1, skipped, result
+        )
+
+    def _loop(self, report: Report) -> None:
+        """Steps until the run is done or this call has had its time."""
+        config = self.config
         batches = prefetch(self.loader, pin=self.device.type == "cuda")
         started, before = time.perf_counter(), self.elapsed
         late = False
@@ -133,16 +149,6 @@ class Trainer:
             batches.close()
         if late:
             log.info("stopped step=%d after %.0f s", self.step_done, config.stop_after_s)
-        self.checkpoint()
-        result = self.evaluate()
-        report.write({"step": self.step_done, "heldout": result.to_dict()})
-        log.info("heldout %s", json.dumps(result.to_dict()))
-        report.close()
-        plot(self.output)
-        skipped = int(self.optimizer.skipped)
-        return TrainResult(
-            self.export(result), self.step_done, self.progress() >= 1, skipped, result
-        )
 
     def progress(self) -> float:
         """Share of the run that is done: by steps, or by the clock if that is further."""
@@ -212,6 +218,7 @@ class Trainer:
             "data.documents": len(self.shards),
             "data.tokens": len(self.shards.tokens),
             "seed": self.config.seed,
+            "optimizer.kind": self.config.optimizer.kind,
         }
 
     def _resume(self) -> None:

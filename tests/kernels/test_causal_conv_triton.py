@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from qnext.kernels.causal_conv import triton as conv  # noqa: E402
+from qnext.kernels.causal_conv import triton as conv
 
 
 def naive(x, weight, bounds, initial):

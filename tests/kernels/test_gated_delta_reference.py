@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from qnext.errors import KernelError
 from qnext.kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
 
-LENGTHS = [(1,), (3,), (4,), (63,), (64,), (65,), (150,), (1, 64, 7), (150, 3, 65, 128), (0, 5, 0, 70)]
+LENGTHS = [(1,), (3,), (4,), (63,), (64,), (65,), (150,), (1, 64, 7), (150, 3, 65, 128),
+           (0, 5, 0, 70)]  # fmt: skip
 
 
 def draw(
@@ -37,7 +38,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, bounds: Te
     """Spec 4.4 head by head, token by token."""
     out, finals = torch.empty_like(v), []
     ratio = v.shape[1] // q.shape[1]
-    for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (a, b) in enumerate(pairwise(bounds)):
         heads = []
         for h in range(v.shape[1]):
             s = q.new_zeros(q.shape[2], v.shape[2]) if start is None else start[n, h].clone()
@@ -128,10 +129,10 @@ def test_a_decay_that_forgets_everything_stays_finite() -> None:
 @pytest.mark.parametrize("rule", [chunk_gated_delta_rule, recurrent_gated_delta_rule])
 def test_fp32_inside_whatever_comes_in(rule) -> None:  # type: ignore[no-untyped-def]
     q, k, v, g, beta, bounds, start = draw((70,), 2, True)
-    half = (q.bfloat16(), k.bfloat16(), v.bfloat16(), g.float(), beta.float(), bounds, start.float())
-    out, final = rule(*half)
+    half = (q.bfloat16(), k.bfloat16(), v.bfloat16(), g.float(), beta.float())
+    out, final = rule(*half, bounds, start.float())
     assert (out.dtype, final.dtype) == (torch.bfloat16, torch.float32)
-    exact, exact_final = rule(*(x.double() for x in half[:5]), bounds, start)
+    exact, exact_final = rule(*(x.double() for x in half), bounds, start)
     torch.testing.assert_close(final, exact_final.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out, exact.bfloat16(), rtol=1e-2, atol=1e-3)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from qnext.kernels.gated_delta import triton_chunk, triton_recurrent  # noqa: E402
+from qnext.kernels.gated_delta import triton_chunk, triton_recurrent
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
 
@@ -25,10 +25,7 @@ def naive(q, k, v, g, beta, bounds, state=None):
     for n in range(len(bounds) - 1):
         heads = []
         for h in range(v.shape[1]):
-            if state is None:
-                s = q.new_zeros(q.shape[2], v.shape[2])
-            else:
-                s = state[n, h]
+            s = q.new_zeros(q.shape[2], v.shape[2]) if state is None else state[n, h]
             column, trail = [], []
             for t in range(bounds[n], bounds[n + 1]):
                 s = g[t, h].exp() * s
@@ -63,7 +60,8 @@ def draw(bounds, hk, hv, dk, dv, dtype, seed=0, start=True):
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().double() - want.detach()).norm() / want.detach().norm().clamp_min(1e-30))
+    got, want = got.detach().double(), want.detach()
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
 
 
 @pytest.mark.parametrize(
@@ -179,9 +177,7 @@ def test_fused_decode(hk, hv, dk, dv, dtype, state_dtype):
     )  # fmt: skip
     others = [0, 2, 3]
     untouched = conv[others].clone(), state[others].clone()
-    got = triton_recurrent.fused_decode(
-        qkv, z, b, a, conv, taps, a_log, dt, w, state, slots, 1e-6
-    )
+    got = triton_recurrent.fused_decode(qkv, z, b, a, conv, taps, a_log, dt, w, state, slots, 1e-6)
     assert got.dtype == dtype
     assert error(got[live], want) < (5e-6 if dtype == torch.float32 else 4e-3)
     assert torch.equal(got[1], torch.zeros_like(got[1]))

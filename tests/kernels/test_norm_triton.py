@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from qnext.kernels.norm import triton as norm  # noqa: E402
+from qnext.kernels.norm import triton as norm
 
 EPS = 1e-3  # large enough that a misplaced eps shows
 

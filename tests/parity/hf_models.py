@@ -89,8 +89,9 @@ def draw_model(kind: str, seed: int, **changes: Any) -> Any:
 def reload(model: Any, folder: Path) -> Any:
     """The folder as the same class of transformers reads it."""
     loaded, report = type(model).from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager", experts_implementation="eager"
-    )
+        folder, output_loading_info=True, attn_implementation="eager",
+        experts_implementation="eager",
+    )  # fmt: skip
     report = {k: v for k, v in report.items() if v}
     assert not report, report
     return loaded.eval()

@@ -76,7 +76,7 @@ def test_what_we_save_transformers_loads_without_a_difference(
     again = reload(theirs, tmp_path / "ours")
     ids = draw_ids(theirs, 1, 33)
     assert torch.equal(again(ids).logits, theirs(ids).logits)
-    names = {n: p for n, p in theirs.state_dict().items()}
+    names = theirs.state_dict()
     for name, weight in again.state_dict().items():
         assert torch.equal(weight, names[name]), name
 

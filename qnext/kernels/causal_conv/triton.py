@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qnext.kernels.gated_delta.triton_chunk import index_chunks
 
-#: (channels per program, warps).
+#: (channels per program, warps) forward and backward.
 CONFIG = (64, 4)
+BACKWARD_CONFIG = (64, 8)
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _backward(
     x, weight, initial, d_y, d_final, d_x, d_weight, cu_seqlens, chunk_sequence, chunk_first, sx,
     C: tl.constexpr, TAPS: tl.constexpr, BC: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """dx of 64 tokens; their part of dweight, (chunks, taps, C) fp32."""
+    """Dx of 64 tokens; their part of dweight, (chunks, taps, C) fp32."""
     chunk = tl.program_id(0)
     n = tl.load(chunk_sequence + chunk).to(tl.int64)
     c = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
@@ -180,10 +181,8 @@ class CausalConv(torch.autograd.Function):
         _forward[(chunks, blocks)](
             x, weight, start, y, cu_seqlens, *index, x.stride(0), num_warps=warps, **shape
         )
-        _final[(sequences, blocks)](
-            x, start, final, cu_seqlens, x.stride(0), num_warps=1, **shape
-        )
-        ctx.save_for_backward(x, weight, cu_seqlens, initial)
+        _final[(sequences, blocks)](x, start, final, cu_seqlens, x.stride(0), num_warps=1, **shape)
+        ctx.save_for_backward(x, weight, cu_seqlens, initial)  # type: ignore[arg-type]
         return y, final
 
     @staticmethod
@@ -194,7 +193,7 @@ class CausalConv(torch.autograd.Function):
         x, weight, cu_seqlens, initial = ctx.saved_tensors  # type: ignore[attr-defined]
         tokens, channels = x.shape
         taps, sequences = weight.shape[1], len(cu_seqlens) - 1
-        width, warps = CONFIG
+        width, warps = BACKWARD_CONFIG
         blocks = triton.cdiv(channels, width)
         shape = {"C": channels, "TAPS": taps, "BC": width}
         d_y, d_final = d_y.contiguous(), d_final.contiguous()

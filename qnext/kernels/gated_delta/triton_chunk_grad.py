@@ -23,7 +23,7 @@ from qnext.kernels.gated_delta import triton_chunk
 from qnext.kernels.gated_delta.triton_chunk import CHUNK, precision
 
 #: (key columns, value columns, warps, stages) of the parallel gradient kernel.
-INPUT_CONFIG = (32, 64, 4, 1)
+INPUT_CONFIG = (32, 32, 4, 2)
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def _input_grads(
     RATIO: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk of one chunk, key head and tile of BK key columns; that tile's part of dG, dbeta.
+    """Dq and dk of one chunk, key head and tile of BK key columns; that tile's part of dG, dbeta.
 
     ``d_gates`` is (key tiles, chunks, Hv, 2, 64); ``d_last`` (key tiles, chunks, Hv) is the part
     of dG that belongs to the last token of the chunk.
@@ -243,7 +243,7 @@ def gradients(
     d_final: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, dbeta, d_initial) of ``chunk_gated_delta_rule``."""
-    tokens, key_heads, dk = k.shape
+    _, key_heads, dk = k.shape
     heads, dv = v.shape[1:]
     sequences = len(cu_seqlens) - 1
     made = triton_chunk.prepare(q, k, g, beta, cu_seqlens)
@@ -255,7 +255,7 @@ def gradients(
 
     d_x, d_states = torch.empty_like(values), torch.empty_like(states)
     d_initial = torch.empty_like(d_final)
-    width, warps, stages = triton_chunk.state_config(sequences, heads, dk, dv)
+    width, warps, stages = triton_chunk.state_config(sequences, heads, dk, dv, k.dtype)
     stages = min(stages, 2)
     _state_grads[(sequences * heads * (dv // width),)](
         q, k, made.gates, made.M, made.P, d_o, d_final, d_x, d_states, d_initial, cu_seqlens,
@@ -272,13 +272,13 @@ def gradients(
     )  # fmt: skip
 
     bk, bv, warps, stages = INPUT_CONFIG
+    if k.dtype == torch.float32:
+        bk, bv, warps, stages = 16, 16, triton_chunk.warps(k.dtype), 1
     bk, bv = min(bk, dk), min(bv, dv)
     parts = dk // bk
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_k = torch.empty_like(d_q)
-    d_gates = torch.empty(
-        parts, made.chunks, heads, 2, CHUNK, dtype=torch.float32, device=v.device
-    )
+    d_gates = torch.empty(parts, made.chunks, heads, 2, CHUNK, dtype=torch.float32, device=v.device)
     d_last = torch.empty(parts, made.chunks, heads, dtype=torch.float32, device=v.device)
     _input_grads[(parts, made.chunks, key_heads)](
         q, k, made.gates, states, d_states, d_o, d_x, values, F, E, d_q, d_k, d_gates, d_last,

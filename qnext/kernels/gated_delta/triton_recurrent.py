@@ -61,9 +61,9 @@ def _recurrent(
         if STATES:
             tl.store(states + t * (HV * DK * DV) + inside, S.to(states.dtype.element_ty))
     if UPDATE:
-        if slot >= 0:
-            where = target + slot * (HV * DK * DV) + inside
-            tl.store(where, S.to(target.dtype.element_ty))
+        keep = (d[:, None] * 0 + slot) >= 0
+        where = target + tl.maximum(slot, 0) * (HV * DK * DV) + inside
+        tl.store(where, S.to(target.dtype.element_ty), mask=keep)
 
 
 def _run(
@@ -274,7 +274,7 @@ def fused_decode(
     a: Tensor,
     conv_state: Tensor,
     conv_weight: Tensor,
-    A_log: Tensor,  # noqa: N803
+    A_log: Tensor,
     dt_bias: Tensor,
     norm_weight: Tensor,
     recurrent_state: Tensor,

@@ -47,7 +47,7 @@ def _backward(
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     ADD: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """dx (and dz) of the rows, and this program's part of dweight."""
+    """Dx (and dz) of the rows, and this program's part of dweight."""
     d = tl.arange(0, BD)[None, :]
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     if not GATE:
@@ -112,7 +112,7 @@ class _Norm(torch.autograd.Function):
                 rows, eps, x.stride(0), 0 if z is None else z.stride(0), D=width, BD=padded,
                 BR=block, ADD=residual is not None, GATE=z is not None, num_warps=warps,
             )  # fmt: skip
-        ctx.save_for_backward(total, z, weight)
+        ctx.save_for_backward(total, z, weight)  # type: ignore[arg-type]
         ctx.eps, ctx.add = eps, residual is not None  # type: ignore[attr-defined]
         if residual is None:
             total = x.new_empty(0)
