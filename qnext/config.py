@@ -31,7 +31,7 @@ HYBRID = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 SPARSE = ("qwen3_next", "qwen3_5_moe", "qwen3_moe")
 
 # Keys of published files that change nothing here.
-IGNORED = frozenset(
+_IGNORED = (
     "architectures attention_dropout attn_implementation auto_map chunk_size_feed_forward "
     "decoder_sparse_step dtype experts_implementation full_attention_interval hidden_act id2label "
     "image_token_id initializer_range is_decoder is_encoder_decoder label2id language_model_only "
@@ -41,8 +41,9 @@ IGNORED = frozenset(
     "return_dict rope_parameters rope_scaling rope_theta partial_rotary_factor "
     "router_aux_loss_coef sliding_window text_config torch_dtype transformers_version use_cache "
     "use_sliding_window video_token_id vision_config vision_end_token_id vision_start_token_id "
-    "mtp_loss_weight".split()
+    "mtp_loss_weight"
 )
+IGNORED = frozenset(_IGNORED.split())
 
 
 class Yarn(BaseModel):
@@ -106,37 +107,55 @@ class ModelConfig(BaseModel):
                 raise ValueError(message)
 
         heads, kv = self.num_attention_heads, self.num_key_value_heads
-        need(heads % kv == 0, f"num_attention_heads {heads} is no multiple of "
-             f"num_key_value_heads {kv}")
+        need(
+            heads % kv == 0,
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv}",
+        )
         layers = self.num_hidden_layers
-        need(len(self.layer_types) == layers,
-             f"layer_types has {len(self.layer_types)} entries for {layers} layers")
-        need(len(self.sparse_layers) == layers,
-             f"sparse_layers has {len(self.sparse_layers)} entries for {layers} layers")
-        need(self.rotary_dim >= 2 and self.rotary_dim % 2 == 0,
-             f"head_dim {self.head_dim} times partial_rotary_factor {self.partial_rotary_factor} "
-             "must give an even number of channels, at least 2")
+        need(
+            len(self.layer_types) == layers,
+            f"layer_types has {len(self.layer_types)} entries for {layers} layers",
+        )
+        need(
+            len(self.sparse_layers) == layers,
+            f"sparse_layers has {len(self.sparse_layers)} entries for {layers} layers",
+        )
+        need(
+            self.rotary_dim >= 2 and self.rotary_dim % 2 == 0,
+            f"head_dim {self.head_dim} times partial_rotary_factor {self.partial_rotary_factor} "
+            "must give an even number of channels, at least 2",
+        )
         if "linear_attention" in self.layer_types:
             need(self.model_type in HYBRID, f"{self.model_type} has no linear_attention layers")
-            for name in ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-                         "linear_value_head_dim"):
+            for name in (
+                "linear_num_key_heads",
+                "linear_num_value_heads",
+                "linear_key_head_dim",
+                "linear_value_head_dim",
+            ):
                 need(getattr(self, name) > 0, f"{name} is needed by the linear_attention layers")
             hk, hv = self.linear_num_key_heads, self.linear_num_value_heads
-            need(hv % hk == 0, f"linear_num_value_heads {hv} is no multiple of "
-                 f"linear_num_key_heads {hk}")
+            need(
+                hv % hk == 0,
+                f"linear_num_value_heads {hv} is no multiple of linear_num_key_heads {hk}",
+            )
         if any(self.sparse_layers):
             for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
                 need(getattr(self, name) > 0, f"{name} is needed by the sparse layers")
-            need(self.num_experts_per_tok <= self.num_experts,
-                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts "
-                 f"{self.num_experts}")
+            need(
+                self.num_experts_per_tok <= self.num_experts,
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts "
+                f"{self.num_experts}",
+            )
         if not all(self.sparse_layers):
             need(self.intermediate_size > 0, "intermediate_size is needed by the dense layers")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             for token in value if isinstance(value, tuple) else (value,):
-                need(token is None or 0 <= token < self.vocab_size,
-                     f"{name} {token} is outside the vocabulary of {self.vocab_size}")
+                need(
+                    token is None or 0 <= token < self.vocab_size,
+                    f"{name} {token} is outside the vocabulary of {self.vocab_size}",
+                )
         return self
 
     @property
@@ -252,8 +271,13 @@ def _read(data: dict[str, Any]) -> ModelConfig:
         )
     else:
         fields["sparse_layers"] = (False,) * layers
-        for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
-                    "shared_expert_intermediate_size", "norm_topk_prob"):
+        for key in (
+            "num_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "norm_topk_prob",
+        ):
             fields.pop(key, None)
     if kind == "qwen3_moe" and fields.pop("shared_expert_intermediate_size", None):
         raise ConfigError("qwen3_moe has no shared expert, yet shared_expert_intermediate_size "
@@ -323,7 +347,7 @@ def _read_rope(data: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     hybrid = config.model_type in HYBRID
-    c = config
+    c, eos = config, config.eos_token_id
     data: dict[str, Any] = {
         "architectures": [ARCHITECTURES[c.model_type]],
         "model_type": c.model_type,
@@ -341,17 +365,24 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": c.intermediate_size,
         "tie_word_embeddings": c.tie_word_embeddings,
         "bos_token_id": c.bos_token_id,
-        "eos_token_id": list(c.eos_token_id) if isinstance(c.eos_token_id, tuple) else c.eos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
         "pad_token_id": c.pad_token_id,
         "use_cache": True,
         "layer_types": list(c.layer_types),
     }
     if hybrid:
-        for name in ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-                     "linear_value_head_dim", "linear_conv_kernel_dim"):
+        for name in (
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_conv_kernel_dim",
+        ):
             data[name] = getattr(c, name)
     else:
-        data.update(use_sliding_window=False, sliding_window=None, max_window_layers=c.num_hidden_layers)
+        data.update(
+            use_sliding_window=False, sliding_window=None, max_window_layers=c.num_hidden_layers
+        )
     if c.model_type in SPARSE:
         data.update(
             num_experts=c.num_experts,
@@ -364,7 +395,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         if hybrid:
             data["shared_expert_intermediate_size"] = c.shared_expert_intermediate_size
     if c.num_mtp_layers:
-        data["mtp_num_hidden_layers" if c.model_type.startswith("qwen3_5") else "num_nextn_predict_layers"] = 1
+        newer = c.model_type.startswith("qwen3_5")
+        data["mtp_num_hidden_layers" if newer else "num_nextn_predict_layers"] = 1
     # transformers 4.57 reads the first three keys only, 5.x reads either spelling.
     data["rope_theta"] = c.rope_theta
     if hybrid or c.partial_rotary_factor != 1:

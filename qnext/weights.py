@@ -107,7 +107,11 @@ def _layer(
 def _attention(c: ModelConfig, disk: str, param: str) -> Iterator[DiskTensor]:
     q_rows = c.num_attention_heads * c.head_dim
     kv_rows = c.num_key_value_heads * c.head_dim
-    rows = {"q_proj": q_rows * (2 if c.attn_output_gate else 1), "k_proj": kv_rows, "v_proj": kv_rows}
+    rows = {
+        "q_proj": q_rows * (2 if c.attn_output_gate else 1),
+        "k_proj": kv_rows,
+        "v_proj": kv_rows,
+    }
     for name, count in rows.items():
         yield _plain(f"{disk}{name}.weight", f"{param}{name}.weight", count, c.hidden_size)
         if c.attention_bias:
@@ -126,12 +130,18 @@ def _delta_net(c: ModelConfig, disk: str, param: str) -> Iterator[DiskTensor]:
     if c.model_type == "qwen3_next":
         yield from _interleaved(hk, hv // hk, dk, dv, width, disk, param)
     else:
-        yield _plain(disk + "in_proj_qkv.weight", param + "in_proj_qkv.weight", 2 * key + value, width)
+        yield _plain(
+            disk + "in_proj_qkv.weight", param + "in_proj_qkv.weight", 2 * key + value, width
+        )
         yield _plain(disk + "in_proj_z.weight", param + "in_proj_z.weight", value, width)
         for name in ("in_proj_b", "in_proj_a"):
             yield _plain(f"{disk}{name}.weight", f"{param}{name}.weight", hv, width)
     yield _plain(
-        disk + "conv1d.weight", param + "conv1d.weight", 2 * key + value, 1, c.linear_conv_kernel_dim
+        disk + "conv1d.weight",
+        param + "conv1d.weight",
+        2 * key + value,
+        1,
+        c.linear_conv_kernel_dim,
     )
     for name in ("A_log", "dt_bias"):
         yield _plain(disk + name, param + name, hv)
@@ -200,9 +210,14 @@ def _moe(c: ModelConfig, disk: str, param: str, fused: bool) -> Iterator[DiskTen
             yield DiskTensor(f"{stem}down_proj.weight", (hidden, inner), (part,))
     if c.shared_expert_intermediate_size:
         yield from _mlp(
-            hidden, c.shared_expert_intermediate_size, disk + "shared_expert.", param + "shared_expert."
+            hidden,
+            c.shared_expert_intermediate_size,
+            disk + "shared_expert.",
+            param + "shared_expert.",
         )
-        yield _plain(disk + "shared_expert_gate.weight", param + "shared_expert_gate.weight", 1, hidden)
+        yield _plain(
+            disk + "shared_expert_gate.weight", param + "shared_expert_gate.weight", 1, hidden
+        )
 
 
 def _expert_rows(expert: int, begin: int, count: int) -> View:

@@ -51,8 +51,9 @@ def build_model(
 def _init(module: nn.Module, rng: torch.Generator) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         module.weight.normal_(0, STD, generator=rng)
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            bias.zero_()
     elif isinstance(module, RMSNorm):
         module.weight.fill_(0.0 if module.zero_centred else 1.0)
     elif isinstance(module, GatedRMSNorm):

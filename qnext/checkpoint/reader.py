@@ -76,7 +76,9 @@ class SafetensorsFolder:
             if single.exists():
                 self.weight_map: dict[str, str] | None = None
                 return [single]
-            stray = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+            stray = sorted(
+                p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth")
+            )
             raise CheckpointError(
                 f"{self.folder} has neither {SINGLE} nor {INDEX}"
                 + (f" (found {', '.join(stray[:3])})" if stray else ""),

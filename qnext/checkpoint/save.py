@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def save_model(
     ]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
         tensors = {t.name: gather(t, params, dtype) for t in shard}
-        _replace(folder / name, lambda path, t=tensors: save_file(t, path, {"format": "pt"}))
+        _replace(folder / name, partial(_write_shard, tensors))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(map(bytes_of, rules))},
@@ -76,7 +77,11 @@ def save_model(
     return folder
 
 
-def gather(tensor: DiskTensor, params: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, {"format": "pt"})
+
+
+def gather(tensor: DiskTensor, params: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tensor:
     """Build one disk tensor on the host from the parameters it is made of."""
     first = params[tensor.parts[0].param]
     out = torch.empty(tensor.shape, dtype=dtype or first.dtype)
@@ -109,7 +114,9 @@ def copy_extra_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _split(rules: list[DiskTensor], bytes_of, limit: int) -> Iterator[list[DiskTensor]]:  # type: ignore[no-untyped-def]
+def _split(
+    rules: list[DiskTensor], bytes_of: Callable[[DiskTensor], int], limit: int
+) -> Iterator[list[DiskTensor]]:
     shard: list[DiskTensor] = []
     size = 0
     for tensor in rules:
@@ -121,7 +128,7 @@ def _split(rules: list[DiskTensor], bytes_of, limit: int) -> Iterator[list[DiskT
     yield shard
 
 
-def _replace(path: Path, write) -> None:  # type: ignore[no-untyped-def]
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     side = path.with_name(path.name + ".part")
     try:
         write(side)

@@ -9,10 +9,16 @@ import typer
 
 
 def bench(
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Default: the model in the box.")] = None,
-    against: Annotated[str | None, typer.Option(help="A peer to measure beside: transformers.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Default: the model in the box.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A peer to measure beside: transformers.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of our weights.")] = "auto",
-    peer_dtype: Annotated[str, typer.Option(help="Of the peer's weights; auto: the faster one.")] = "auto",
+    peer_dtype: Annotated[
+        str, typer.Option(help="Of the peer's weights; auto: the faster one.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     prompt_tokens: Annotated[int, typer.Option(help="Prefill length.")] = 2048,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per run.")] = 128,

@@ -6,17 +6,29 @@ import json
 import os
 import platform
 import shutil
-import sys
 from typing import Annotated, Any
 
 import typer
 
-NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pydantic", "typer", "rich",
-          "huggingface_hub")  # fmt: skip
+NEEDED = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "jinja2",
+    "pydantic",
+    "typer",
+    "rich",
+    "huggingface_hub",
+)
 OPTIONAL = {
-    "triton": "gpu", "matplotlib": "train", "modelscope": "hub", "kagglehub": "hub",
+    "triton": "gpu",
+    "matplotlib": "train",
+    "lxml": "train",
+    "modelscope": "hub",
+    "kagglehub": "hub",
     "transformers": "test",
-}  # fmt: skip
+}
 
 
 def doctor(
@@ -50,7 +62,9 @@ def examine() -> dict[str, Any]:
     machine: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "disk free": f"{shutil.disk_usage('.').free / 1e9:.0f} GB",
     }
     memory = _memory()
@@ -61,7 +75,9 @@ def examine() -> dict[str, Any]:
         if machine["devices"] == "cpu only":
             advice.append("no CUDA device: everything runs on the CPU references")
             if memory:
-                advice.append(f"a BF16 model of up to about {memory * 0.8 / 2e9:.0f}B parameters fits")
+                advice.append(
+                    f"a BF16 model of up to about {memory * 0.8 / 2e9:.0f}B parameters fits"
+                )
         elif packages["triton"].startswith("not"):
             problems += 1
             advice.append("a CUDA device without Triton: pip install 'qnext[gpu]'")
@@ -73,9 +89,6 @@ def examine() -> dict[str, Any]:
     except QnextError as error:
         problems += 1
         advice.append(str(error))
-    if sys.version_info < (3, 11):
-        problems += 1
-        advice.append("Python 3.11 or newer is needed")
     return {"machine": machine, "packages": packages, "advice": advice, "problems": problems}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -17,14 +18,37 @@ def train(
     """Train a model; the same command goes on after an interruption."""
     from qnext.train import train as run
 
+    _tell_progress()
     typer.echo(str(run(recipe, overrides or [])))
 
 
 def data(
     sources: Annotated[Path, typer.Argument(help="TOML file that lists the sources.")],
-    out: Annotated[Path, typer.Argument(help="Folder for corpus, tokenizer and shards.")],
+    out: Annotated[Path, typer.Argument(help="Folder for text, tokenizer and shards.")],
+    work: Annotated[Path | None, typer.Option(help="Folder for downloads: OUT/work.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer.")] = 8192,
+    sample_mb: Annotated[float, typer.Option(help="Text the tokenizer is trained on, MB.")] = 40,
+    jobs: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
+    heldout_bytes: Annotated[int, typer.Option(help="Size of the held-out split.")] = 1_000_000,
 ) -> None:
     """Fetch and clean text, train a tokenizer on it, and write token shards."""
     from qnext.train.corpus import prepare
 
-    typer.echo(str(prepare(sources, out)))
+    _tell_progress()
+    shards = prepare(
+        sources,
+        out,
+        work,
+        vocab_size=vocab_size,
+        sample_mb=sample_mb,
+        jobs=jobs,
+        heldout_bytes=heldout_bytes,
+    )
+    typer.echo(str(shards))
+
+
+def _tell_progress() -> None:
+    """Long work says on stderr how far it is."""
+    logger = logging.getLogger("qnext.train")
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)

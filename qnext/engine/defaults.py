@@ -68,12 +68,14 @@ def _ids(value: Any, path: Path) -> tuple[int, ...]:
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
     """The dtype to load in: the one place that decides what "auto" means on which device.
 
-    It is the checkpoint's own everywhere for now.
+    The checkpoint's own on a GPU. On a CPU fp32: its matrix products are faster there than
+    bfloat16's, bfloat16 checkpoints lose nothing, and decoding reads bfloat16 copies anyway
+    (``qnext.layers.fused``). docs/benchmarks.md has the figures.
 
     Raises:
         ConfigError: no floating dtype of that name.
     """
-    return parse_dtype(dtype) or "auto"
+    return parse_dtype(dtype) or ("float32" if device.type == "cpu" else "auto")
 
 
 def longest_context(config: ModelConfig) -> int:

@@ -36,6 +36,7 @@ from qnext.engine.stats import EngineStats
 from qnext.engine.validation import check_request
 from qnext.errors import ConfigError, RequestError
 from qnext.hub import resolve_model
+from qnext.layers.fused import fuse
 from qnext.layers.model import CausalLM
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class LLM:
             unused = tuple(token for token in padding if token < vocab)
         self.defaults = GenerationDefaults.from_folder(self.model_path, self.config)
         self.model: CausalLM = load_model(self.model_path, dtype=wanted, device=target)
+        fuse(self.model)
         self.config = self.model.config
         self.engine = Engine(
             self.model,

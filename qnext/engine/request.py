@@ -18,6 +18,7 @@ from qnext.engine.outputs import (
 from qnext.engine.sampler import RawLogprobs
 from qnext.engine.sampling_params import SamplingParams
 from qnext.engine.sampling_state import SamplingState
+from qnext.errors import EngineError
 
 if TYPE_CHECKING:
     from qnext.engine.text_stream import TextStream
@@ -144,7 +145,7 @@ class Sequence:
     def seat(self) -> int:
         """The slot of a running sequence."""
         if self.slot is None:
-            raise RuntimeError("a running sequence has no slot")
+            raise EngineError("a running sequence has no slot")
         return self.slot
 
     @property

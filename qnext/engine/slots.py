@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qnext.engine.request import Sequence as Generation
+from qnext.errors import EngineError
 from qnext.layers.model import CausalLM
 from qnext.layers.state import ModelState
 
@@ -29,7 +30,7 @@ class CacheSlots:
     def state(self) -> ModelState:
         """The state; only after ``ensure``."""
         if self._state is None:
-            raise RuntimeError("no cache slots were made yet")
+            raise EngineError("no cache slots were made yet")
         return self._state
 
     @property

@@ -63,7 +63,7 @@ class GatedDeltaNet(nn.Module):
         args = (q, k, v, g, beta, batch.cu_seqlens, start)
         if cached and batch.trace:
             out, _, state.traced_states = recurrent_gated_delta_rule(*args, return_states=True)
-            state.traced_inputs = self._windows(qkv, conv_start, batch)
+            state.traced_inputs = qkv
         else:
             rule = chunk_gated_delta_rule
             if cached and batch.max_length <= RECURRENT_TOKENS:
@@ -88,12 +88,6 @@ class GatedDeltaNet(nn.Module):
         if len(batch.slots) == 1:
             return slice(batch.slots[0], batch.slots[0] + 1)
         return torch.tensor(batch.slots, device=device)
-
-    @staticmethod
-    def _windows(qkv: Tensor, start: Tensor, batch: PackedBatch) -> list[Tensor]:
-        """Per sequence: the convolution's past columns and the new ones, (C, K - 1 + T_n)."""
-        parts = qkv.split(batch.lengths)
-        return [torch.cat([past.to(p.dtype), p.t()], 1) for past, p in zip(start, parts, strict=True)]
 
 
 class DepthwiseConv(nn.Module):

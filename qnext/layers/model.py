@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from qnext.layers.norm import RMSNorm
 from qnext.layers.packed import PackedBatch
 from qnext.layers.rotary import RotaryEmbedding
 from qnext.layers.state import DeltaState, KVCache, ModelState
+
+if TYPE_CHECKING:
+    from qnext.layers.fused import FusedModel
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class CausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp: MTP | None = MTP(config) if config.num_mtp_layers else None
+        self.fused: FusedModel | None = None
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +96,9 @@ class CausalLM(nn.Module):
             (T, hidden) after the final norm.
         """
         h = self.model.embed_tokens(input_ids)
+        if self.fused is not None and collect is None and self.fused.fits(len(h), state, batch):
+            assert state is not None
+            return self.fused.run(h, batch, state)
         rotary = self.rotary(batch.positions, h.dtype)
         for i, layer in enumerate(self.model.layers):
             if collect is not None:
@@ -103,6 +111,8 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, hidden) normed states -> (T, vocab)."""
+        if self.fused is not None and self.fused.fits(len(hidden)):
+            return self.fused.logits(hidden)
         head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
         return F.linear(hidden, head.weight)
 
@@ -135,9 +145,12 @@ class CausalLM(nn.Module):
                 "this checkpoint has no multi-token prediction module",
                 hint="run without num_speculative_tokens, or use a checkpoint that keeps mtp.*",
             )
+        embedded = self.model.embed_tokens(next_ids)
+        if self.fused is not None and self.fused.fits(len(hidden), state, batch):
+            assert state is not None
+            return self.fused.run_mtp(embedded, hidden, batch, state)
         rotary = self.rotary(batch.positions, hidden.dtype)
         cache = state.mtp if state is not None else None
-        embedded = self.model.embed_tokens(next_ids)
         return self.mtp(embedded, hidden, batch, rotary, cache, aux)
 
     def forward(

@@ -8,7 +8,7 @@ and ``commit`` chooses which of the traced states to keep.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,13 +53,13 @@ class DeltaState:
         recurrent_state: (slots, Hv, dk, dv) fp32.
         conv_state: (slots, C, K - 1), the last inputs of the convolution.
         traced_states: (T, Hv, dk, dv) states after each token of a traced batch.
-        traced_inputs: N windows (C, K - 1 + T_n): convolution inputs of a traced batch.
+        traced_inputs: (T, C) convolution inputs of a traced batch.
     """
 
     recurrent_state: Tensor
     conv_state: Tensor
     traced_states: Tensor | None = None
-    traced_inputs: list[Tensor] = field(default_factory=list)
+    traced_inputs: Tensor | None = None
 
     def reset(self, slot: int) -> None:
         """Put a slot back to the start of a sequence."""
@@ -73,15 +73,17 @@ class DeltaState:
 
     def commit(self, batch: PackedBatch, accepted: Sequence[int]) -> None:
         """Keep the state as it was after the first ``accepted[n]`` tokens of each sequence."""
-        assert batch.slots is not None and self.traced_states is not None
-        width, start = self.conv_state.shape[2], 0
+        assert batch.slots is not None
+        assert self.traced_states is not None and self.traced_inputs is not None
+        start = 0
         for n, slot in enumerate(batch.slots):
             keep = accepted[n]
             if keep:
                 self.recurrent_state[slot].copy_(self.traced_states[start + keep - 1])
-                self.conv_state[slot].copy_(self.traced_inputs[n][:, keep : keep + width])
+                past, new = self.conv_state[slot], self.traced_inputs[start : start + keep].t()
+                self.conv_state[slot] = torch.cat([past, new.to(past.dtype)], 1)[:, keep:]
             start += batch.lengths[n]
-        self.traced_states, self.traced_inputs = None, []
+        self.traced_states = self.traced_inputs = None
 
 
 @dataclass

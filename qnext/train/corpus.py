@@ -77,7 +77,13 @@ class _Document:
 def read_sources(path: Path) -> list[Source]:
     """Read ``sources.toml``; a wrong or missing field is a ConfigError that names the source."""
     found = []
-    for entry in tomllib.loads(path.read_text())["source"]:
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is not a list of sources: {error}", hint="see recipes/qnext-small/sources.toml"
+        ) from error
+    for entry in entries:
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
         }
@@ -350,33 +356,59 @@ def build_corpus(
     return manifest
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Corpus, tokenizer and shards in one go."""
+def prepare(
+    sources: Path,
+    out: Path,
+    work: Path | None = None,
+    *,
+    vocab_size: int = 8192,
+    sample_mb: float = 40,
+    jobs: int | None = None,
+    heldout_bytes: int = HELDOUT_BYTES,
+) -> Path:
+    """Corpus (``out/text``), tokenizer (``out/tokenizer``) and shards (``out/shards``) in one go.
+
+    Args:
+        sources: ``sources.toml``.
+        out: Folder of the results.
+        work: Folder for downloads; default ``out/work``.
+        vocab_size: Size of the tokenizer with its special tokens.
+        sample_mb: Text that the BPE is trained on.
+        jobs: Processes that extract; default all cores.
+        heldout_bytes: Size of the held-out split.
+
+    Returns:
+        The folder of the shards.
+    """
     from qnext.train.tokenizer import read_texts, tokenize_shards, train_tokenizer
 
+    text, folder, shards = out / "text", out / "tokenizer", out / "shards"
+    build_corpus(
+        sources,
+        work or out / "work",
+        text,
+        jobs=jobs or os.cpu_count() or 1,
+        heldout_bytes=heldout_bytes,
+    )
+    train_tokenizer(read_texts(text / "train.jsonl", int(sample_mb * 1e6)), vocab_size, folder)
+    for split in ("train", "heldout"):
+        tokenize_shards(text / f"{split}.jsonl", folder, shards, split)
+    return shards
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``prepare`` with its arguments from a command line."""
     parser = argparse.ArgumentParser(prog="python -m qnext.train.corpus", description=__doc__)
     parser.add_argument("--sources", type=Path, required=True, help="sources.toml")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--work", type=Path, help="folder for downloads (default: OUT/work)")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--sample-mb", type=float, default=40, help="text the BPE is trained on")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, help="processes that extract (default: all cores)")
     parser.add_argument("--heldout-bytes", type=int, default=HELDOUT_BYTES)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    text, folder = args.out / "text", args.out / "tokenizer"
-    build_corpus(
-        args.sources,
-        args.work or args.out / "work",
-        text,
-        jobs=args.jobs,
-        heldout_bytes=args.heldout_bytes,
-    )
-    train_tokenizer(
-        read_texts(text / "train.jsonl", int(args.sample_mb * 1e6)), args.vocab_size, folder
-    )
-    for split in ("train", "heldout"):
-        tokenize_shards(text / f"{split}.jsonl", folder, args.out / "shards", split)
+    prepare(**vars(args))
 
 
 if __name__ == "__main__":

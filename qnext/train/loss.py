@@ -124,9 +124,7 @@ def compute_losses(
         over = counts + seen[i] if seen else counts
         balance = balance + load_balance_loss(probs, over) / micro_batches
         zloss = zloss + stats.z[i] / micro_batches
-    total = (
-        main + config.mtp_weight * mtp + config.load_balance * balance + config.router_z * zloss
-    )
+    total = main + config.mtp_weight * mtp + config.load_balance * balance + config.router_z * zloss
     if stats.probs:
         balance = balance / len(stats.probs)
     return Losses(total, main.detach(), mtp.detach(), balance.detach(), stats.counts)

@@ -34,13 +34,16 @@ class Hopper:
         return 0
 
 
-def stack_bytes(cubin: bytes) -> int:
-    """Stack frame (spills) in the assembler's report."""
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack frame (spills) in the assembler's report."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return int(re.search(r"STACK:(\d+)", text.stdout)[1])
+    return {
+        "registers": int(re.search(r"REG:(\d+)", text.stdout)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", text.stdout)[1]),
+    }
 
 
 def compile_instead_of_launching() -> None:
@@ -49,7 +52,9 @@ def compile_instead_of_launching() -> None:
     def run(self, *args, grid, warmup, **options):
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         ptx = kernel.asm["ptx"]
-        facts = {"kernel": self.__name__, "stack": stack_bytes(kernel.asm["cubin"])}
+        facts = {"kernel": self.__name__, "grid": grid, "warps": kernel.metadata.num_warps,
+                 "shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}  # fmt: skip
+        facts |= {"wgmma": "wgmma" in ptx, "stages": options.get("STAGES")}
         facts |= {"waits": "griddepcontrol.wait" in ptx, "wide": bool(WIDE.search(ptx))}
         print(json.dumps(facts))  # noqa: T201 - the script's answer
         return kernel
@@ -61,6 +66,7 @@ def compile_instead_of_launching() -> None:
 def main() -> None:
     from qnext.kernels.attention import triton_decode
     from qnext.kernels.experts import triton_grouped, triton_single
+    from qnext.kernels.gated_delta import triton_decode as delta
     from qnext.kernels.linear import triton as linear
 
     compile_instead_of_launching()
@@ -75,7 +81,7 @@ def main() -> None:
     experts = (*matrix(e, 2 * i, h), *matrix(e, h, i))
     shared = (*matrix(2 * i, h), *matrix(h, i))
     router = torch.empty(e + 1, h, dtype=bf16)
-    for tokens in (1, 8):
+    for tokens in (1, 8, 32):
         x = torch.empty(tokens, h, dtype=bf16)
         tail = torch.empty(64, h, dtype=bf16)
         linear.linear(x, *matrix(12288, h), norm_weight=norm, tail=tail, pdl=True)
@@ -87,6 +93,13 @@ def main() -> None:
             torch.empty(tokens, 9216, dtype=bf16), norm[:256], norm[:256], torch.empty(tokens, 64),
             cache, cache, torch.zeros(tokens, dtype=i32), torch.zeros(tokens, dtype=i32), heads=16,
             splits=8, pdl=True,
+        )  # fmt: skip
+        wide, gates = torch.empty(tokens, 12352, dtype=bf16), torch.empty(32)
+        delta.fused_decode_ring(
+            wide[:, :8192], wide[:, 8192:12288], wide[:, 12288:12320], wide[:, 12320:],
+            torch.empty(tokens, 8192, 4, dtype=bf16), torch.empty(8192, 4, dtype=bf16), gates,
+            gates, norm[:128], torch.empty(tokens, 32, 128, 128),
+            torch.zeros(tokens, dtype=i32), torch.zeros(tokens, dtype=i32), 1e-6, pdl=True,
         )  # fmt: skip
 
 

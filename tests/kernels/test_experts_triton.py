@@ -67,36 +67,42 @@ def test_one_token(fp8, norm_topk):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "fp8", "experts"), [(2, True, 16), (5, False, 8), (20, True, 8)]
+    ("tokens", "fp8", "experts", "few"),
+    [(2, True, 16, 1), (5, False, 8, 1), (5, True, 8, 0), (20, True, 8, 0)],
 )
-def test_several_tokens(tokens, fp8, experts):
+def test_several_tokens(tokens, fp8, experts, few):
     torch.manual_seed(tokens)
     args = make(tokens, 128, experts, fp8)
     buffers = triton_grouped.workspace(tokens, 3, H, 128, experts, torch.float32, "cpu")
     for buffer in buffers.values():
         buffer.fill_(float("nan") if buffer.is_floating_point() else 10**6)
     out = torch.full((tokens, H), float("nan"))
-    config = {"BN": 64, "BD": 64, "S": 1, "SD": 1}
+    config = {"few": few, "FN": 64, "BN": 64, "BD": 64, "S": 1, "SD": 1}
     triton_grouped.moe(*args, top_k=3, buffers=buffers, out=out, config=config)
     want = formula(*args, 3, True)
     assert relative(out - args[0], want - args[0]) < 1e-5
-    assert int(buffers["count"]) <= triton_grouped.max_tasks(tokens, 3, experts)
 
 
-def test_dispatch_sorts_by_expert_and_keeps_every_choice():
+def test_choices_are_sorted_by_expert_and_none_is_lost():
     torch.manual_seed(1)
-    args = make(9, 128, 16, False)
-    b = triton_grouped.workspace(9, 3, H, 128, 16, torch.float32, "cpu")
+    tokens = 20
+    args = make(tokens, 128, 8, False)
+    b = triton_grouped.workspace(tokens, 3, H, 128, 8, torch.float32, "cpu")
     triton_grouped.moe(*args, top_k=3, buffers=b, config={"BN": 64, "BD": 64, "S": 1, "SD": 1})
-    tasks = b["tasks"][: 3 * int(b["count"])].view(-1, 3)
-    experts = tasks[:, 0].tolist()
-    assert experts == sorted(set(experts))
-    want = b["logits"][:, :16].topk(3, -1).indices
-    for expert, start, stop in tasks.tolist():
-        tokens = b["tokens"][start:stop].tolist()
-        assert tokens == [t for t in range(9) if expert in want[t]]
-    assert sorted(b["slots"].tolist()) == list(range(27))
-    assert torch.allclose(b["weights"].sum(), torch.tensor(9.0))
+    want = b["logits"][:, :8].topk(3, -1).indices
+    assert torch.equal(b["ids"].view(-1, 3).long(), want)
+    tasks = b["tasks"].view(-1, 2).tolist()
+    assert [e for e, _ in tasks] == sorted(want.flatten().tolist())
+    covered = []
+    for start, (expert, rows) in enumerate(tasks):
+        assert rows <= triton_grouped.TILE
+        covered += range(start, start + rows)
+        for place in range(start, start + rows):
+            assert expert in want[b["tokens"][place]]
+            assert tasks[place][0] == expert
+    assert covered == list(range(tokens * 3))
+    assert sorted(b["slots"].tolist()) == list(range(tokens * 3))
+    assert torch.allclose(b["weights"].sum(), torch.tensor(float(tokens)))
 
 
 def test_ties_go_to_the_lower_expert():

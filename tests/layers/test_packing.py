@@ -52,9 +52,7 @@ def test_prefill_split_anywhere_equals_the_whole(model: CausalLM, data: st.DataO
     cuts = sorted(data.draw(st.sets(st.integers(1, length), max_size=6)) | {0, length})
     ids = draw_ids(model, length)
     state, fresh = model.new_state(3, length), model.new_state(1, length)
-    pieces = [
-        feed(model, state, 1, ids[a:b], a) for a, b in pairwise(cuts)
-    ]
+    pieces = [feed(model, state, 1, ids[a:b], a) for a, b in pairwise(cuts)]
     close(torch.cat(pieces), whole(model, ids))
     feed(model, fresh, 0, ids, 0)
     assert_same_slots(state, 1, fresh, 0, length)

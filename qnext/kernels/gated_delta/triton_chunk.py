@@ -1,8 +1,7 @@
-"""Chunked gated delta rule in Triton, forward: three launches (spec 4.5, arXiv 2412.06464).
+"""Chunked gated delta rule in Triton, forward: two launches (spec 4.5, arXiv 2412.06464).
 
-``_scores`` makes, per chunk and key head, A and P of every value head; ``_invert`` makes
-M = (I + A)^-1 by blocks of 16; ``_states`` walks the chunks of one sequence serially for one tile
-of value columns and writes the outputs as it goes. W and U of the paper are never stored:
+``_scores`` makes P and M = (I + A)^-1 of every chunk and value head; ``_states`` walks the chunks
+of one sequence serially for one tile of value columns and writes the outputs as it goes. W and U of the paper are never stored:
 V' = M (beta (V - e^G K S)), so one chunk reads K, Q, V, M, P once and writes O.
 The backward is in ``triton_chunk_grad.py``.
 """
@@ -18,14 +17,15 @@ from torch import Tensor
 
 CHUNK = 64
 
-#: (least value columns in flight, columns per program, warps, stages), widest tile first. A wide
-#: tile rereads K, Q, M and P less often, a narrow one fills more multiprocessors.
+#: (value columns per program, warps, stages) of the serial kernels. Columns are the rows of their
+#: products, and a warpgroup's product has 64. Three stages fit one program per multiprocessor,
+#: two stages fit two.
 STATE_CONFIGS = {
+    "few": (64, 4, 3),
     "many": (64, 4, 2),
-    "few": (32, 4, 3),
 }
-#: Programs of the wide tile from which it is the better one (132 multiprocessors on H100, H200).
-WIDE_FROM = 132
+#: Programs from which two to a multiprocessor are better (132 on H100 and H200).
+MANY_FROM = 133
 
 
 @triton.jit
@@ -52,125 +52,58 @@ def _index(cu_seqlens, chunk_sequence, chunk_first, N, MAX, BLOCK: tl.constexpr)
 
 @triton.jit
 def _scores(
-    q, k, g, beta, gates, A, P, cu_seqlens, chunk_sequence, chunk_first, sq, sk,
+    q, k, g, beta, gates, M, P, cu_seqlens, chunk_sequence, chunk_first, sq, sk,
     RATIO: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Per chunk and key head: G, A = lower(beta K K^T D) and P = lower(Q K^T D).
+    """Per chunk and value head: P = lower(Q K^T D), M = (I + A)^-1, A = lower(beta K K^T D).
 
-    ``gates`` is (chunks, Hv, 2, 64): G and beta, so that later kernels read them in one piece.
+    ``gates`` (chunks, Hv, 4, 64) is G, beta, e^G and e^(Gn - G). The inverse grows by doubling its
+    diagonal blocks b to 2b, all at once: with X the part of A between two neighbouring blocks the
+    new corner is -M X M. That is substitution by blocks, so close keys do not make it unstable as
+    they do a power series; and it needs no piece of a tile, which Triton cannot cut out.
     """
-    chunk = tl.program_id(0)
-    hk = tl.program_id(1)
+    h = tl.program_id(0)
+    chunk = tl.program_id(1)
     n = tl.load(chunk_sequence + chunk)
     if n < 0:
         return
     bos = tl.load(cu_seqlens + n)
     eos = tl.load(cu_seqlens + n + 1)
     i = tl.arange(0, 64)
-    j = tl.arange(0, 64)
     d = tl.arange(0, DK)
     row = bos + (chunk - tl.load(chunk_first + n)) * 64 + i
     live = row < eos
     at = row.to(tl.int64)[:, None]
+    hk = h // RATIO
+    block = (chunk * HV + h).to(tl.int64)
+    gt = tl.load(g + row.to(tl.int64) * HV + h, mask=live, other=0.0)
+    bt = tl.load(beta + row.to(tl.int64) * HV + h, mask=live, other=0.0)
     kt = tl.load(k + at * sk + hk * DK + d[None, :], mask=live[:, None], other=0.0)
     qt = tl.load(q + at * sq + hk * DK + d[None, :], mask=live[:, None], other=0.0)
-    kk = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
+    G = tl.cumsum(gt, 0)
+    tl.store(gates + block * 256 + i, G)
+    tl.store(gates + block * 256 + 64 + i, bt)
+    tl.store(gates + block * 256 + 128 + i, tl.exp(G))
+    tl.store(gates + block * 256 + 192 + i, tl.exp(tl.sum(gt, 0) - G))
+    r = i[:, None]
+    c = i[None, :]
+    D = tl.exp(tl.where(r >= c, G[:, None] - G[None, :], float("-inf")))
     qk = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
-    square = i[:, None] * 64 + j[None, :]
-    for r in range(RATIO):
-        h = hk * RATIO + r
-        gt = tl.load(g + row.to(tl.int64) * HV + h, mask=live, other=0.0)
-        bt = tl.load(beta + row.to(tl.int64) * HV + h, mask=live, other=0.0)
-        G = tl.cumsum(gt, 0)
-        block = (chunk * HV + h).to(tl.int64)
-        tl.store(gates + block * 128 + i, G)
-        tl.store(gates + block * 128 + 64 + i, bt)
-        gap = tl.where(i[:, None] >= j[None, :], G[:, None] - G[None, :], float("-inf"))
-        D = tl.exp(gap)
-        a = tl.where(i[:, None] > j[None, :], kk * D * bt[:, None], 0.0)
-        tl.store(A + block * 4096 + square, a.to(A.dtype.element_ty))
-        tl.store(P + block * 4096 + square, (qk * D).to(P.dtype.element_ty))
-
-
-@triton.jit
-def _block(A, bi, bj):
-    i = tl.arange(0, 16)
-    return tl.load(A + (bi * 16 + i[:, None]) * 64 + bj * 16 + i[None, :]).to(tl.float32)
-
-
-@triton.jit
-def _put(M, bi, bj, x):
-    i = tl.arange(0, 16)
-    where = M + (bi * 16 + i[:, None]) * 64 + bj * 16 + i[None, :]
-    tl.store(where, x.to(M.dtype.element_ty))
-
-
-@triton.jit
-def _next_row(m, row, r):
-    """Row r of the inverse of a unit lower block, from the rows above it."""
-    a = tl.sum(tl.where(row == r, m, 0.0), 0)
-    a += tl.sum(a[:, None] * m, 0)
-    return tl.where(row == r, a[None, :], m)
-
-
-@triton.jit
-def _invert(A, M, chunk_sequence, HV: tl.constexpr, PRECISION: tl.constexpr):
-    """M = (I + A)^-1 of one chunk and value head: four 16-blocks by rows, the rest by products."""
-    chunk = tl.program_id(0)
-    if tl.load(chunk_sequence + chunk) < 0:
-        return
-    block = (chunk * HV + tl.program_id(1)).to(tl.int64)
-    A += block * 4096
-    M += block * 4096
-    i = tl.arange(0, 16)
-    row = i[:, None] + tl.zeros((1, 16), tl.int32)
-    unit = (i[:, None] == i[None, :]).to(tl.float32)
-    m1 = -_block(A, 0, 0)
-    m2 = -_block(A, 1, 1)
-    m3 = -_block(A, 2, 2)
-    m4 = -_block(A, 3, 3)
-    for r in range(2, 16):
-        m1 = _next_row(m1, row, r)
-        m2 = _next_row(m2, row, r)
-        m3 = _next_row(m3, row, r)
-        m4 = _next_row(m4, row, r)
-    m1 += unit
-    m2 += unit
-    m3 += unit
-    m4 += unit
-    a21 = _block(A, 1, 0)
-    a32 = _block(A, 2, 1)
-    a43 = _block(A, 3, 2)
-    m21 = -tl.dot(tl.dot(m2, a21, input_precision=PRECISION), m1, input_precision=PRECISION)
-    m32 = -tl.dot(tl.dot(m3, a32, input_precision=PRECISION), m2, input_precision=PRECISION)
-    m43 = -tl.dot(tl.dot(m4, a43, input_precision=PRECISION), m3, input_precision=PRECISION)
-    a31 = _block(A, 2, 0)
-    a42 = _block(A, 3, 1)
-    x = tl.dot(a31, m1, input_precision=PRECISION) + tl.dot(a32, m21, input_precision=PRECISION)
-    m31 = -tl.dot(m3, x, input_precision=PRECISION)
-    x = tl.dot(a42, m2, input_precision=PRECISION) + tl.dot(a43, m32, input_precision=PRECISION)
-    m42 = -tl.dot(m4, x, input_precision=PRECISION)
-    x = tl.dot(_block(A, 3, 0), m1, input_precision=PRECISION)
-    x += tl.dot(a42, m21, input_precision=PRECISION)
-    x += tl.dot(a43, m31, input_precision=PRECISION)
-    m41 = -tl.dot(m4, x, input_precision=PRECISION)
-    zero = tl.zeros((16, 16), tl.float32)
-    _put(M, 0, 0, m1)
-    _put(M, 0, 1, zero)
-    _put(M, 0, 2, zero)
-    _put(M, 0, 3, zero)
-    _put(M, 1, 0, m21)
-    _put(M, 1, 1, m2)
-    _put(M, 1, 2, zero)
-    _put(M, 1, 3, zero)
-    _put(M, 2, 0, m31)
-    _put(M, 2, 1, m32)
-    _put(M, 2, 2, m3)
-    _put(M, 2, 3, zero)
-    _put(M, 3, 0, m41)
-    _put(M, 3, 1, m42)
-    _put(M, 3, 2, m43)
-    _put(M, 3, 3, m4)
+    tl.store(P + block * 4096 + r * 64 + c, (qk * D).to(P.dtype.element_ty))
+    kk = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
+    A = tl.where(r > c, kk * D * bt[:, None], 0.0)
+    if kt.dtype != tl.float32:
+        A = A.to(tl.float16)  # the mantissa of tf32; |A| <= 1
+    inverse = tl.where(r == c, 1.0, tl.where(r // 2 == c // 2, -A.to(tl.float32), 0.0))
+    for level in tl.static_range(1, 6):
+        size = 2**level
+        # r > c where A is not zero, so the blocks of r and c are an odd one and that before it
+        between = (r // size != c // size) & (r // (2 * size) == c // (2 * size))
+        X = tl.where(between, A, 0.0).to(A.dtype)
+        rounded = inverse.to(A.dtype)
+        corner = tl.dot(X, rounded, input_precision=PRECISION).to(A.dtype)
+        inverse -= tl.dot(rounded, corner, input_precision=PRECISION)
+    tl.store(M + block * 4096 + r * 64 + c, inverse.to(M.dtype.element_ty))
 
 
 @triton.jit
@@ -182,6 +115,8 @@ def _states(
 ):  # fmt: skip
     """One sequence, value head and tile of BV value columns: all chunks, one after the other.
 
+    Everything is turned, values by keys or tokens: the computed tile is then the left operand of
+    each product and stays in registers, and what lies in shared memory are the loaded tiles.
     With ``KEEP`` the state before each chunk and V' are stored for the backward instead of o.
     """
     pid = tl.program_id(0)
@@ -200,48 +135,48 @@ def _states(
     v += bos * sv + h * DV
     o += (bos * HV + h) * DV
     kept_values += (bos * HV + h) * DV
-    gates += h * 128
+    gates += h * 256
     M += h * 4096
     P += h * 4096
     kept_states += h * DK * DV
     corner = (n * HV + h) * DK * DV
-    inside = d[:, None] * DV + e[None, :]
+    inside = d[None, :] * DV + e[:, None]
     square = i[:, None] * 64 + i[None, :]
     if INITIAL:
         S = tl.load(initial + corner + inside).to(tl.float32)
     else:
-        S = tl.zeros((DK, BV), tl.float32)
+        S = tl.zeros((BV, DK), tl.float32)
     for c in tl.range(0, (length + 63) // 64, num_stages=STAGES):
         row = c * 64 + i
-        live = (row < length)[:, None]
-        at = row.to(tl.int64)[:, None]
+        live = row < length
+        at = row.to(tl.int64)
         slot = (first + c) * HV
-        kt = tl.load(k + at * sk + d[None, :], mask=live, other=0.0)
-        vt = tl.load(v + at * sv + e[None, :], mask=live, other=0.0)
+        kt = tl.load(k + at[:, None] * sk + d[None, :], mask=live[:, None], other=0.0)
+        vt = tl.load(v + at[None, :] * sv + e[:, None], mask=live[None, :], other=0.0)
         mt = tl.load(M + slot * 4096 + square)
-        G = tl.load(gates + slot * 128 + i)
-        bt = tl.load(gates + slot * 128 + 64 + i)
-        last = tl.load(gates + slot * 128 + 63)
+        bt = tl.load(gates + slot * 256 + 64 + i)
+        grown = tl.load(gates + slot * 256 + 128 + i)
+        fading = tl.load(gates + slot * 256 + 192 + i)
+        decay = tl.load(gates + slot * 256 + 128 + 63)
         Sb = S.to(kt.dtype)
-        y = tl.dot(kt, Sb, input_precision=PRECISION)
-        grown = tl.exp(G)[:, None]
-        x = (vt.to(tl.float32) - grown * y) * bt[:, None]
+        y = tl.dot(Sb, tl.trans(kt), input_precision=PRECISION)
+        x = (vt.to(tl.float32) - y * grown[None, :]) * bt[None, :]
         if KEEP:
             tl.store(kept_states + slot * DK * DV + inside, Sb)
         else:
-            qt = tl.load(q + at * sq + d[None, :], mask=live, other=0.0)
-            out = tl.dot(qt, Sb, input_precision=PRECISION) * grown
-        w = tl.dot(mt, x.to(kt.dtype), input_precision=PRECISION)
+            qt = tl.load(q + at[:, None] * sq + d[None, :], mask=live[:, None], other=0.0)
+            out = tl.dot(Sb, tl.trans(qt), input_precision=PRECISION) * grown[None, :]
+        w = tl.dot(x.to(kt.dtype), tl.trans(mt), input_precision=PRECISION)
         wb = w.to(kt.dtype)
-        left = (w * tl.exp(last - G)[:, None]).to(kt.dtype)
-        S = S * tl.exp(last)
-        S = tl.dot(tl.trans(kt), left, S, input_precision=PRECISION)
+        left = (w * fading[None, :]).to(kt.dtype)
+        S = tl.dot(left, kt, S * decay, input_precision=PRECISION)
+        where = at[None, :] * (HV * DV) + e[:, None]
         if KEEP:
-            tl.store(kept_values + at * (HV * DV) + e[None, :], wb, mask=live)
+            tl.store(kept_values + where, wb, mask=live[None, :])
         else:
             pt = tl.load(P + slot * 4096 + square)
-            out = tl.dot(pt, wb, out, input_precision=PRECISION)
-            tl.store(o + at * (HV * DV) + e[None, :], out.to(o.dtype.element_ty), mask=live)
+            out = tl.dot(wb, tl.trans(pt), out, input_precision=PRECISION)
+            tl.store(o + where, out.to(o.dtype.element_ty), mask=live[None, :])
     tl.store(final + corner + inside, S)
 
 
@@ -284,22 +219,14 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -
     tokens, key_heads, dk = k.shape
     heads = g.shape[1]
     chunks, chunk_sequence, chunk_first = index_chunks(cu_seqlens, tokens)
-    gates = torch.empty(chunks, heads, 2, CHUNK, dtype=torch.float32, device=k.device)
-    # fp16 has the mantissa of tf32 and |A| <= 1
-    full = k.dtype == torch.float32
-    A = torch.empty(
-        chunks, heads, CHUNK, CHUNK, dtype=k.dtype if full else torch.float16, device=k.device
-    )
+    gates = torch.empty(chunks, heads, 4, CHUNK, dtype=torch.float32, device=k.device)
     M = torch.empty(chunks, heads, CHUNK, CHUNK, dtype=k.dtype, device=k.device)
     P = torch.empty_like(M)
-    _scores[(chunks, key_heads)](
-        q, k, g, beta, gates, A, P, cu_seqlens, chunk_sequence, chunk_first,
-        q.stride(0), k.stride(0), RATIO=heads // key_heads, HV=heads, DK=dk,
-        PRECISION=precision(k.dtype), num_warps=4, num_stages=1,
+    _scores[(heads, chunks)](
+        q, k, g, beta, gates, M, P, cu_seqlens, chunk_sequence, chunk_first, q.stride(0),
+        k.stride(0), RATIO=heads // key_heads, HV=heads, DK=dk, PRECISION=precision(k.dtype),
+        num_warps=warps(k.dtype), num_stages=1,
     )  # fmt: skip
-    _invert[(chunks, heads)](
-        A, M, chunk_sequence, HV=heads, PRECISION=precision(k.dtype), num_warps=1, num_stages=1
-    )
     return Prepared(chunks, chunk_sequence, chunk_first, gates, M, P)
 
 
@@ -314,11 +241,11 @@ def state_config(
     """(value columns per program, warps, stages) of the serial kernels."""
     if dtype == torch.float32:
         return 16, warps(dtype), 1
-    wide = STATE_CONFIGS["many"]
-    name = "many" if sequences * heads * (dv // min(dv, wide[0])) >= WIDE_FROM else "few"
+    width = min(STATE_CONFIGS["few"][0], dv)
+    name = "many" if sequences * heads * (dv // width) >= MANY_FROM else "few"
     width, count, stages = STATE_CONFIGS[name]
     if dk > 128:
-        width, stages = 32, 2
+        count, stages = 8, 2
     return min(width, dv), count, stages
 
 

@@ -32,7 +32,10 @@ def _state_grads(
     RATIO: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The serial part, last chunk first: dX of each token, dS' of each chunk, dS of the start."""
+    """The serial part, last chunk first: dX of each token, dS' of each chunk, dS of the start.
+
+    Turned like ``_states``.
+    """
     pid = tl.program_id(0)
     tile = pid % (DV // BV)
     h = pid // (DV // BV) % HV
@@ -48,41 +51,41 @@ def _state_grads(
     q += bos * sq + hk * DK
     d_o += (bos * HV + h) * DV
     d_x += (bos * HV + h) * DV
-    gates += h * 128
+    gates += h * 256
     M += h * 4096
     P += h * 4096
     d_states += h * DK * DV
     corner = (n * HV + h) * DK * DV
-    inside = d[:, None] * DV + e[None, :]
+    inside = d[None, :] * DV + e[:, None]
     square = i[:, None] * 64 + i[None, :]
     dS = tl.load(d_final + corner + inside)
     count = (length + 63) // 64
     for step in tl.range(0, count, num_stages=STAGES):
         c = count - 1 - step
         row = c * 64 + i
-        live = (row < length)[:, None]
-        at = row.to(tl.int64)[:, None]
+        live = row < length
+        at = row.to(tl.int64)
         slot = (first + c) * HV
-        kt = tl.load(k + at * sk + d[None, :], mask=live, other=0.0)
-        qt = tl.load(q + at * sq + d[None, :], mask=live, other=0.0)
-        dot = tl.load(d_o + at * (HV * DV) + e[None, :], mask=live, other=0.0)
+        where = at[None, :] * (HV * DV) + e[:, None]
+        kt = tl.load(k + at[:, None] * sk + d[None, :], mask=live[:, None], other=0.0)
+        qt = tl.load(q + at[:, None] * sq + d[None, :], mask=live[:, None], other=0.0)
+        dot = tl.load(d_o + where, mask=live[None, :], other=0.0)
         mt = tl.load(M + slot * 4096 + square)
         pt = tl.load(P + slot * 4096 + square)
-        G = tl.load(gates + slot * 128 + i)
-        bt = tl.load(gates + slot * 128 + 64 + i)
-        last = tl.load(gates + slot * 128 + 63)
-        grown = tl.exp(G)[:, None]
+        bt = tl.load(gates + slot * 256 + 64 + i)
+        grown = tl.load(gates + slot * 256 + 128 + i)
+        fading = tl.load(gates + slot * 256 + 192 + i)
+        decay = tl.load(gates + slot * 256 + 128 + 63)
         dSb = dS.to(kt.dtype)
         tl.store(d_states + slot * DK * DV + inside, dSb)
-        dw = tl.dot(kt, dSb, input_precision=PRECISION) * tl.exp(last - G)[:, None]
-        dw = tl.dot(tl.trans(pt), dot, dw, input_precision=PRECISION)
-        dx = tl.dot(tl.trans(mt), dw.to(kt.dtype), input_precision=PRECISION)
-        tl.store(d_x + at * (HV * DV) + e[None, :], dx.to(kt.dtype), mask=live)
-        out = (dot.to(tl.float32) * grown).to(kt.dtype)
-        back = (dx * (-bt[:, None] * grown)).to(kt.dtype)
-        dS = dS * tl.exp(last)
-        dS = tl.dot(tl.trans(qt), out, dS, input_precision=PRECISION)
-        dS = tl.dot(tl.trans(kt), back, dS, input_precision=PRECISION)
+        dw = tl.dot(dSb, tl.trans(kt), input_precision=PRECISION) * fading[None, :]
+        dw = tl.dot(dot, pt, dw, input_precision=PRECISION)
+        dx = tl.dot(dw.to(kt.dtype), mt, input_precision=PRECISION)
+        tl.store(d_x + where, dx.to(kt.dtype), mask=live[None, :])
+        out = (dot.to(tl.float32) * grown[None, :]).to(kt.dtype)
+        back = (dx * (-bt * grown)[None, :]).to(kt.dtype)
+        dS = tl.dot(out, qt, dS * decay, input_precision=PRECISION)
+        dS = tl.dot(back, kt, dS, input_precision=PRECISION)
     tl.store(d_initial + corner + inside, dS)
 
 
@@ -105,8 +108,8 @@ def _score_grads(
     live = (row < eos)[:, None]
     at = row.to(tl.int64)[:, None]
     block = (chunk * HV + h).to(tl.int64)
-    G = tl.load(gates + block * 128 + i)
-    bt = tl.load(gates + block * 128 + 64 + i)
+    G = tl.load(gates + block * 256 + i)
+    bt = tl.load(gates + block * 256 + 64 + i)
     tile = at * (HV * DV) + h * DV + e[None, :]
     w = tl.load(values + tile, mask=live, other=0.0)
     dot = tl.load(d_o + tile, mask=live, other=0.0)
@@ -159,9 +162,9 @@ def _input_grads(
     for r in range(RATIO):
         h = hk * RATIO + r
         block = (chunk * HV + h).to(tl.int64)
-        G = tl.load(gates + block * 128 + i)
-        bt = tl.load(gates + block * 128 + 64 + i)
-        last = tl.load(gates + block * 128 + 63)
+        G = tl.load(gates + block * 256 + i)
+        bt = tl.load(gates + block * 256 + 64 + i)
+        last = tl.load(gates + block * 256 + 63)
         from_o = tl.zeros((64, BK), tl.float32)
         from_x = tl.zeros((64, BK), tl.float32)
         from_next = tl.zeros((64, BK), tl.float32)

@@ -1,12 +1,12 @@
-"""Triton linear for 1..16 rows: a register GEMV and a tensor-core kernel.
+"""Triton linear for 1..64 rows: a register GEMV and a tensor-core kernel.
 
 ``_gemv`` (1..4 rows) keeps whole weight rows of a program in registers: a warp reads 512 bytes of
-one row per instruction, products are summed with shuffles only. ``_skinny`` (2..16 rows) puts the
+one row per instruction, products are summed with shuffles only. ``_skinny`` (2..64 rows) puts the
 weights on the M side of ``tl.dot`` and the tokens on its narrow N side.
 
-Both start their weight traffic before ``gdc_wait`` (programmatic dependent launch), so that it
-overlaps the end of the kernel before; the norm's scale is applied to the finished sums, off the
-critical path. A second BF16 matrix (``tail``, DeltaNet's ``in_proj_ba``) may follow the first.
+``_gemv`` starts its weight traffic before ``gdc_wait`` (programmatic dependent launch), so that it
+overlaps the end of the kernel before, and applies the norm's scale to the finished sums, off the
+critical path; ``_skinny`` reads rows that a small kernel normalised. A second BF16 matrix (``tail``, DeltaNet's ``in_proj_ba``) may follow the first.
 """
 
 from __future__ import annotations
@@ -69,19 +69,39 @@ def row_sums(weight, x):
 
 
 @triton.jit
+def norm_row(x, norm, y, eps, H: tl.constexpr, P: tl.constexpr):
+    """Zero-centred RMSNorm of the row x [H] to y (spec 2.1); P: power of two not below H."""
+    i = tl.arange(0, P)
+    value = tl.load(x + i, mask=i < H, other=0.0).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, axis=0) / H + eps)
+    value *= 1.0 + tl.load(norm + i, mask=i < H, other=0.0).to(tl.float32)
+    tl.store(y + i, value.to(y.dtype.element_ty), mask=i < H)
+
+
+@triton.jit
+def _norm_rows(x, norm, y, eps, H: tl.constexpr, P: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    t = tl.program_id(0)
+    norm_row(x + t * H, norm, y + t * H, eps, H, P)
+
+
+@triton.jit
 def _gemv_rows(
     x, norm, w, scale, res, y, pmax, pidx, first, N, y_offset, y_stride, eps, pid,
     T: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, KC: tl.constexpr, KB: tl.constexpr,
     FP8: tl.constexpr, NORM: tl.constexpr, RES: tl.constexpr, ARGMAX: tl.constexpr,
-    PDL: tl.constexpr,
+    FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     CH: tl.constexpr = KC * KB * 128
     rows = first + tl.arange(0, BN)
     safe = tl.minimum(rows, N - 1).to(tl.int64)[None, :, None, None]
     columns = k_offsets(KC, KB)
     if PDL:
-        size = tl.minimum(N - first, BN) * (K * w.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch_l2(w + first.to(tl.int64) * K, size)
+        if FETCH:
+            size = tl.minimum(N - first, BN) * (K * w.dtype.element_ty.primitive_bitwidth // 8)
+            prefetch_l2(w + first.to(tl.int64) * K, size)
         gdc_wait()
     for t in tl.static_range(T):
         acc = tl.zeros([BN], tl.float32)
@@ -124,7 +144,7 @@ def _gemv(
     T: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
     KC: tl.constexpr, KB: tl.constexpr, KC2: tl.constexpr, FP8: tl.constexpr,
     NORM: tl.constexpr, RES: tl.constexpr, TAIL: tl.constexpr, ARGMAX: tl.constexpr,
-    PDL: tl.constexpr,
+    FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -132,17 +152,17 @@ def _gemv(
     tiles2 = tl.cdiv(N2, BN2) if TAIL else 0
     if TAIL and pid < tiles2:
         _gemv_rows(x, norm, tail, scale, res, y, pmax, pidx, pid * BN2, N2, N, y_stride, eps,
-                   pid, T, K, BN2, KC2, 2, False, NORM, RES, False, PDL)  # fmt: skip
+                   pid, T, K, BN2, KC2, 2, False, NORM, RES, False, FETCH, PDL)  # fmt: skip
     else:
         _gemv_rows(x, norm, w, scale, res, y, pmax, pidx, (pid - tiles2) * BN, N, 0, y_stride,
-                   eps, pid, T, K, BN, KC, KB, FP8, NORM, RES, ARGMAX, PDL)  # fmt: skip
+                   eps, pid, T, K, BN, KC, KB, FP8, NORM, RES, ARGMAX, FETCH, PDL)  # fmt: skip
 
 
 @triton.jit
 def _skinny(
-    x, norm, w, scale, res, y, pmax, pidx, N, y_offset, y_stride, eps, T,
+    x, w, scale, res, y, pmax, pidx, N, y_offset, y_stride, T,
     TP: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, KS: tl.constexpr,
-    FP8: tl.constexpr, NORM: tl.constexpr, RES: tl.constexpr, ARGMAX: tl.constexpr,
+    FP8: tl.constexpr, RES: tl.constexpr, ARGMAX: tl.constexpr,
     STAGES: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """KS slices of K side by side (a batched dot, one warp group each), summed at the end."""
@@ -156,23 +176,15 @@ def _skinny(
     ks = tl.arange(0, KS)
     toks = tl.arange(0, TP)
     if PDL:
-        size = tl.minimum(N - first, BM) * (K * w.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch_l2(w + first.to(tl.int64) * K, size)
         gdc_wait()
     wide: tl.constexpr = tl.float32 if F32 else x.dtype.element_ty
     acc = tl.zeros([KS, BM, TP], tl.float32)
-    square = tl.zeros([KS, TP], tl.float32)
     w_at = w + safe[None, :, None] * K + ks[:, None, None] * 128 + ki[None, None, :]
     x_at = x + toks[None, None, :] * K + ks[:, None, None] * 128 + ki[None, :, None]
     live = (toks < T)[None, None, :]
     for k in tl.range(0, K, KS * 128, num_stages=STAGES):
         wt = tl.load(w_at + k, eviction_policy="evict_first")
         xt = tl.load(x_at + k, mask=live, other=0.0)
-        if NORM:
-            xf = xt.to(tl.float32)
-            square += tl.sum(xf * xf, axis=1)
-            nw = tl.load(norm + k + ks[:, None, None] * 128 + ki[None, :, None])
-            xt = (xf * (1.0 + nw.to(tl.float32))).to(x.dtype.element_ty)
         if KS == 1:
             flat = tl.reshape(xt, [128, TP]).to(wide)
             part = tl.dot(tl.reshape(wt, [BM, 128]).to(wide), flat)[None, :, :]
@@ -184,8 +196,6 @@ def _skinny(
         else:
             acc += part
     out = tl.sum(acc, axis=0)
-    if NORM:
-        out *= tl.rsqrt(tl.sum(square, axis=0) / K + eps)[None, :]
     at = toks[None, :] * y_stride + y_offset + rows[:, None]
     keep = (rows < N)[:, None] & (toks < T)[None, :]
     if RES:
@@ -212,7 +222,11 @@ def covers(weight: Tensor) -> bool:
 
 
 def gemv_config(n: int, k: int, fp8: bool) -> tuple[int, int, int]:
-    """(rows per program, K chunks held in registers, warps) for one weight shape."""
+    """(rows per program, K chunks held in registers, warps); FP8 measured on one H200."""
+    if fp8 and (n >= 8192, k) == (True, 2048):
+        return 8, 4, 4
+    if fp8 and (n, k) == (2048, 4096):
+        return 4, 8, 4
     unit = 512 if fp8 else 256
     chunks = min(_power_of_two(k // unit), 8)
     rows = 16 if n * k >= 1 << 24 else 8
@@ -224,11 +238,25 @@ def gemv_config(n: int, k: int, fp8: bool) -> tuple[int, int, int]:
     return rows, chunks, 4
 
 
-def skinny_config(n: int, k: int, fp8: bool) -> tuple[int, int, int, int]:
+def skinny_config(n: int, k: int, fp8: bool, tokens: int = 16) -> tuple[int, int, int, int]:
     """(rows per program, K slices, warps, stages) for one weight shape."""
-    if n <= 4096 and k % 512 == 0:
-        return 16, 4, 4, 5
-    return (64, 1, 4, 5) if fp8 else (64, 1, 4, 4)
+    if tokens > 16:
+        return 64, 1, 4, 3
+    if n <= 1024 and k % 1024 == 0:
+        return 16, 8, 8, 2
+    if (fp8 or n <= 4096) and k % 512 == 0:
+        return 16, 4, 4, 4
+    return 64, 1, 4, 4
+
+
+def norm_rows(x: Tensor, weight: Tensor, eps: float, out: Tensor, pdl: bool = False) -> Tensor:
+    """Zero-centred RMSNorm of x (T, H) to ``out``."""
+    tokens, width = x.shape
+    _norm_rows[(tokens,)](
+        x, weight, out, eps, H=width, P=triton.next_power_of_2(width), PDL=pdl, num_warps=8,
+        launch_pdl=pdl,
+    )  # fmt: skip
+    return out
 
 
 def linear(
@@ -241,16 +269,18 @@ def linear(
     residual: Tensor | None = None,
     tail: Tensor | None = None,
     out: Tensor | None = None,
+    normed: Tensor | None = None,
     best: tuple[Tensor, Tensor] | None = None,
     pdl: bool = False,
     config: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """``qnext.kernels.linear.linear`` for 1..16 rows, with the extras of a captured step.
+    """``qnext.kernels.linear.linear`` for 1..64 rows, with the extras of a captured step.
 
     Args:
         x, weight, scale_inv, norm_weight, eps, residual: as in the contract.
         tail: (N2, K) BF16 matrix whose outputs follow those of ``weight`` in each row.
         out: (T, N + N2) written in place; may be ``residual``.
+        normed: (T, K) workspace for the normalised rows, which ``_skinny`` reads.
         best: fp32 and int32 buffers (T, programs) for each program's largest output and its row.
         pdl: launch with programmatic stream serialization (inside a chain of such kernels).
         config: ``gemv_config`` (3 numbers) or ``skinny_config`` (4) to use instead.
@@ -260,28 +290,34 @@ def linear(
     fp8 = scale_inv is not None
     y = x.new_empty(t, n + n2) if out is None else out
     if config is None:
-        config = gemv_config(n, k, fp8) if t == 1 else skinny_config(n, k, fp8)
+        config = gemv_config(n, k, fp8) if t == 1 else skinny_config(n, k, fp8, t)
     norm, scale = x if norm_weight is None else norm_weight, x if scale_inv is None else scale_inv
     res, pmax, pidx = (x if residual is None else residual), *(best or (x, x))
-    flags = {"FP8": fp8, "NORM": norm_weight is not None, "RES": residual is not None}
-    flags |= {"ARGMAX": best is not None, "PDL": pdl}
+    flags = {"FP8": fp8, "RES": residual is not None, "ARGMAX": best is not None, "PDL": pdl}
     if len(config) == 3:
         bn, kc, warps = config
         grid = (triton.cdiv(n, bn) + triton.cdiv(n2, 4),)
+        # the requests of programs that wait for a free multiprocessor come too late to help:
+        # the head, with 9,500 programs, was 10 % slower with them
         _gemv[grid](
             x, norm, weight, scale, x if tail is None else tail, res, y, pmax, pidx, n, n2, n + n2,
             eps, T=t, K=k, BN=bn, BN2=4, KC=kc, KB=4 if fp8 else 2,
             KC2=min(_power_of_two(k // 256), 8), TAIL=tail is not None,
-            num_warps=warps, launch_pdl=pdl, **flags,
+            NORM=norm_weight is not None, FETCH=grid[0] <= 2048, num_warps=warps, launch_pdl=pdl,
+            **flags,
         )  # fmt: skip
         return y
+    if norm_weight is not None:
+        # programs of _skinny share few rows: normalising in each cost more than this launch
+        x = norm_rows(x, norm_weight, eps, torch.empty_like(x) if normed is None else normed, pdl)
     parts = [(weight, 0, flags, config)]
     if tail is not None:
-        parts.append((tail, n, flags | {"FP8": False, "ARGMAX": False}, (16, 4, 4, 4)))
+        small = skinny_config(n2, k, False, t)
+        parts.append((tail, n, flags | {"FP8": False, "ARGMAX": False}, small))
     for matrix, offset, options, (bm, ks, warps, stages) in parts:
         _skinny[(triton.cdiv(matrix.shape[0], bm),)](
-            x, norm, matrix, scale, res, y, pmax, pidx, matrix.shape[0], offset, n + n2, eps, t,
-            TP=8 if t <= 8 else 16, K=k, BM=bm, KS=ks, STAGES=stages,
+            x, matrix, scale, res, y, pmax, pidx, matrix.shape[0], offset, n + n2, t,
+            TP=max(8, triton.next_power_of_2(t)), K=k, BM=bm, KS=ks, STAGES=stages,
             F32=x.dtype == torch.float32, num_warps=warps, launch_pdl=pdl, **options,
         )  # fmt: skip
     return y

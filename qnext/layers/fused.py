@@ -1,0 +1,224 @@
+"""Decoder layers for few rows on a CPU through compiled loops; same results, fewer steps.
+
+``fuse(model)`` gives the model a :class:`FusedModel`, which it uses where that fits (few cached
+rows, fp32, no gradients); everywhere else the layers run as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qnext.kernels import small_batch
+from qnext.layers.decoder import DecoderLayer
+from qnext.layers.model import CausalLM
+from qnext.layers.moe import SparseMoe
+from qnext.layers.norm import RMSNorm
+from qnext.layers.packed import PackedBatch
+from qnext.layers.state import DeltaState, KVCache, ModelState
+
+NO_TRACE = np.empty((0, 0, 0, 0), np.float32)
+
+
+def fuse(model: CausalLM) -> bool:
+    """Give a model the fused path, if it and this machine can use it.
+
+    The loops keep copies of the weights: fuse again after changing them.
+
+    Returns:
+        Whether it was given.
+    """
+    if not small_batch.available() or model.device.type != "cpu" or model.dtype != torch.float32:
+        return False
+    model.fused = FusedModel(model)
+    return True
+
+
+class FusedModel:
+    """All layers of a model for few rows, cached sequences, fp32 and no gradients."""
+
+    def __init__(self, model: CausalLM) -> None:
+        from qnext.kernels.small_batch import loops
+
+        self._loops = loops
+        self._norm = (_norm(model.model.norm), model.model.norm.eps)
+        self._layers = [FusedLayer(layer) for layer in model.model.layers]
+        self._mtp: FusedLayer | None = None
+        if model.mtp is not None:
+            mtp = model.mtp
+            self._mtp = FusedLayer(mtp.layers[0])
+            self._mix = (_norm(mtp.pre_fc_norm_embedding), _norm(mtp.pre_fc_norm_hidden),
+                         _matrix(mtp.fc.weight))  # fmt: skip
+            self._mtp_norm = (_norm(mtp.norm), mtp.norm.eps)
+        head = model.lm_head if model.lm_head is not None else model.model.embed_tokens
+        self._head = _matrix(head.weight)
+        self._rotary = model.rotary
+        self._table = np.empty((2, 0, 0), np.float32)
+
+    @staticmethod
+    def fits(rows: int, state: ModelState | None = None, batch: PackedBatch | None = None) -> bool:
+        """Whether these rows are for the loops."""
+        cached = batch is None or (state is not None and batch.slots is not None)
+        return cached and 0 < rows <= small_batch.MAX_ROWS and not torch.is_grad_enabled()
+
+    def run(self, h: Tensor, batch: PackedBatch, state: ModelState) -> Tensor:
+        """All decoder layers and the final norm: embeddings (T, hidden) -> (T, hidden)."""
+        step = self._step(batch)
+        rows = np.array(h.numpy(), order="C")  # updated in place
+        for layer, part in zip(self._layers, state.layers, strict=True):
+            layer(rows, step, part)
+        self._loops.rms_norm(rows, *self._norm, rows)
+        return torch.from_numpy(rows)
+
+    def run_mtp(
+        self, embedded: Tensor, hidden: Tensor, batch: PackedBatch, state: ModelState
+    ) -> Tensor:
+        """The MTP module: embeddings of the next tokens and hidden states -> (T, hidden)."""
+        assert self._mtp is not None and state.mtp is not None
+        embed_norm, hidden_norm, fc = self._mix
+        eps = self._mtp_norm[1]
+        both = np.empty((len(hidden), fc.shape[0]), np.float32)
+        width = hidden.shape[1]
+        self._loops.rms_norm(embedded.numpy(), embed_norm, eps, both[:, :width])
+        self._loops.rms_norm(np.ascontiguousarray(hidden.numpy()), hidden_norm, eps, both[:, width:])
+        rows = np.empty((len(hidden), width), np.float32)
+        self._loops.linear(both, fc, rows)
+        self._mtp(rows, self._step(batch), state.mtp)
+        self._loops.rms_norm(rows, *self._mtp_norm, rows)
+        return torch.from_numpy(rows)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(T, hidden) -> (T, vocab)."""
+        out = np.empty((len(hidden), self._head.shape[1]), np.float32)
+        self._loops.linear(np.ascontiguousarray(hidden.numpy()), self._head, out)
+        return torch.from_numpy(out)
+
+    def _step(self, batch: PackedBatch) -> FusedStep:
+        positions = batch.positions.numpy()
+        last = int(positions.max())
+        if last >= self._table.shape[1]:
+            span = torch.arange(max(1024, 2 * last))
+            self._table = torch.stack(self._rotary(span, torch.float32)).numpy()
+        return FusedStep(
+            batch.cu_seqlens.numpy(), np.array(batch.slots), np.array(batch.context_lens),
+            self._table[0, positions], self._table[1, positions], batch.trace,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FusedStep:
+    """A packed batch as arrays: bounds, slots, cached tokens, cos and sin of every row."""
+
+    bounds: Any
+    slots: Any
+    pasts: Any
+    cos: Any
+    sin: Any
+    trace: bool
+
+
+class FusedLayer:
+    """One decoder layer's weights as arrays, and the two calls that run it."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        from qnext.kernels.small_batch import loops
+
+        self._loops = loops
+        self._eps = layer.input_layernorm.eps
+        self._mixer_norm = _norm(layer.input_layernorm)
+        if layer.kind == "linear_attention":
+            m = layer.linear_attn
+            names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+            self._mixer = (
+                _matrix(torch.cat([getattr(m, name).weight for name in names])),
+                np.ascontiguousarray(_array(m.conv1d.weight.squeeze(1)).T),
+                -np.exp(_array(m.A_log)),
+                _array(m.dt_bias),
+                _array(m.norm.weight),
+                _matrix(m.out_proj.weight),
+            )
+            self._shape = (m.num_k_heads, m.head_k_dim, m.head_v_dim)
+        else:
+            a = layer.self_attn
+            self._mixer = (
+                _matrix(torch.cat([p.weight for p in (a.q_proj, a.k_proj, a.v_proj)])),
+                _norm(a.q_norm),
+                _norm(a.k_norm),
+                _matrix(a.o_proj.weight),
+            )
+            self._gated = a.gated
+        self._traced = NO_TRACE
+        self._mlp_norm = _norm(layer.post_attention_layernorm)
+        mlp = layer.mlp
+        self._sparse = isinstance(mlp, SparseMoe)
+        if isinstance(mlp, SparseMoe):
+            gate = _matrix(mlp.gate.weight)
+            shared: tuple[Any, ...] = (gate[:0],) * 4
+            if mlp.shared_expert is not None and mlp.shared_expert_gate is not None:
+                parts = (mlp.shared_expert.gate_proj, mlp.shared_expert.up_proj,
+                         mlp.shared_expert.down_proj, mlp.shared_expert_gate)  # fmt: skip
+                shared = tuple(_matrix(p.weight) for p in parts)
+            self._mlp: tuple[Any, ...] = (
+                gate,
+                _matrix(mlp.experts.gate_up_proj),
+                _matrix(mlp.experts.down_proj),
+                *shared,
+            )
+            self._route = (mlp.top_k, mlp.norm_topk_prob)
+        else:
+            self._mlp = tuple(
+                _matrix(p.weight) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+            )
+
+    def __call__(self, rows: Any, step: FusedStep, state: KVCache | DeltaState) -> None:
+        """Run the layer on (T, hidden) in place; the state advances as in the layer itself."""
+        if isinstance(state, DeltaState):
+            self._delta_net(rows, step, state)
+        else:
+            self._loops.attention(
+                rows, self._mixer_norm, *self._mixer, self._eps, self._gated, step.cos, step.sin,
+                step.bounds, step.slots, step.pasts, state.k.numpy(), state.v.numpy(),
+            )  # fmt: skip
+        if self._sparse:
+            self._loops.moe(rows, self._mlp_norm, *self._mlp, self._eps, *self._route)
+        else:
+            self._loops.mlp(rows, self._mlp_norm, *self._mlp, self._eps)
+
+    def _delta_net(self, rows: Any, step: FusedStep, state: DeltaState) -> None:
+        recurrent, conv = state.recurrent_state.numpy(), state.conv_state.numpy()
+        traced = NO_TRACE
+        if step.trace:
+            if len(self._traced) < len(rows):
+                self._traced = np.empty((len(rows), *recurrent.shape[1:]), np.float32)
+            traced = self._traced[: len(rows)]  # kept: fresh pages cost more than the step
+        qkv = np.empty((len(rows), conv.shape[1]), np.float32)
+        self._loops.delta_net(
+            rows, self._mixer_norm, *self._mixer, self._eps, *self._shape, step.bounds,
+            step.slots, conv, recurrent, traced, qkv,
+        )  # fmt: skip
+        if step.trace:
+            state.traced_states = torch.from_numpy(traced)
+            state.traced_inputs = torch.from_numpy(qkv)
+
+
+def _array(weight: Tensor) -> Any:
+    return weight.detach().contiguous().numpy()
+
+
+def _matrix(weight: Tensor) -> Any:
+    """(..., out, in) transposed for the loops: bfloat16 bits where that loses nothing."""
+    turned = weight.detach().transpose(-2, -1)
+    half = turned.bfloat16()
+    if torch.equal(half.float(), turned):
+        return half.contiguous().view(torch.uint16).numpy()
+    return _array(turned)
+
+
+def _norm(norm: RMSNorm) -> Any:
+    weight = _array(norm.weight)
+    return weight + np.float32(1) if norm.zero_centred else weight
+

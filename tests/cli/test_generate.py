@@ -1,0 +1,105 @@
+"""generate on the model in the box: in this process, and killed in another one."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_json_and_text_are_the_same_completion(qnext):
+    arguments = ("generate", "The kernel", "--max-tokens", 12, "--seed", 3)
+    row = json.loads(qnext(*arguments, "--json").out)
+    done = qnext(*arguments)
+    assert done.code == 0
+    assert done.out == f"The kernel{row['text']}\n"
+    assert row["prompt"] == "The kernel"
+    assert row["finish_reason"] == "length"
+    assert len(row["token_ids"]) == row["stats"]["generated_tokens"] == 12
+    assert row["stats"]["decode_tokens_per_s"] > 0
+    first, last = done.err.splitlines()
+    assert first.startswith("[qnext-small: qwen3_next trained by this project")
+    assert "22.2M parameters" in first
+    assert last.startswith("[12 tokens, ")
+    other = json.loads(qnext(*arguments[:-1], 4, "--json").out)
+    assert other["token_ids"] != row["token_ids"]
+
+
+def test_greedy_is_the_same_with_and_without_drafts(qnext):
+    arguments = ("generate", "The kernel", "--max-tokens", 12, "--temperature", 0, "--json")
+    plain, drafted = (
+        json.loads(qnext(*arguments, "--dtype", "float32", "-k", k).out) for k in (0, 2)
+    )
+    assert plain["token_ids"] == drafted["token_ids"]
+    assert plain["stats"]["acceptance_per_position"] == []
+    assert len(drafted["stats"]["acceptance_per_position"]) == 2
+
+
+def test_a_prompt_from_standard_input(qnext, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Läuft".encode())))
+    assert qnext("generate", "-", "--max-tokens", 1).out.startswith("Läuft")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\xff")))
+    done = qnext("generate", "-", "--max-tokens", 1)
+    assert done.code == 2
+    assert "standard input is not UTF-8" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--max-tokens", 0), "max_tokens=0"),
+        (("--temperature", -1), "temperature"),
+        (("--top-p", 2), "top_p"),
+        (("word " * 9000,), "tokens"),
+    ],
+)
+def test_requests_that_can_never_be_served(qnext, arguments, says):
+    done = qnext("generate", *arguments)
+    assert done.code == 2
+    assert says in done.err.splitlines()[-2 if "hint:" in done.err else -1]
+    assert done.out == ""
+
+
+def test_without_arguments_a_sample_streams_until_ctrl_c(repository: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qnext", "generate", "--max-tokens", "4000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=repository,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        start = b""
+        while len(start) < 60:  # arrives while the rest is still being written
+            start += process.stdout.read1(64)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert start.startswith(b"A branch in Git is")
+    assert process.returncode == 130
+    assert err.endswith(b"\ninterrupted\n")
+    assert b"Traceback" not in err
+
+
+def test_a_reader_that_leaves_ends_the_generation(repository: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qnext", "generate", "--max-tokens", "4000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=repository,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        process.stdout.read1(8)
+        process.stdout.close()
+        process.wait(timeout=60)
+        err = process.stderr.read()
+    assert process.returncode == 1
+    assert b"Traceback" not in err
+    assert b"Exception ignored" not in err
