@@ -6,22 +6,21 @@ Order: correctness of every kernel against fp64 torch (and of repeated runs agai
 then times by events (median) or, for small launches, by replays of a CUDA graph, then a few
 launch configurations. Needs torch and triton only; flash-linear-attention is timed if importable.
 
-Floors and predictions (H200: 4.26 TB/s copy; layer Hk 16, Hv 32, d 128; written before the first
-run). Bytes per chunk of 64 tokens and value head, 16-bit, K and Q shared by two value heads:
-    scores   k 8 q 8             -> A 8 P 8     32 KB    KK^T, QK^T  1.0 MFLOP
-    invert   A 8                 -> M 8         16 KB    0.1 MFLOP, latency of 14 dependent rows
+Floors and predictions (H200: 4.26 TB/s copy; layer Hk 16, Hv 32, d 128; written before the second
+run; first run in brackets). Bytes per chunk of 64 tokens and value head, 16-bit:
+    scores   k 8 q 8             -> M 8 P 8     32 KB    12 dependent products of 64 x 64
     states   k 8 q 8 v 16 M 8 P 8 -> o 16       64 KB    8.4 MFLOP, serial over chunks
-  1x32768 = 16384 chunk-heads: 0.12 + 0.06 + 0.25 ms of bytes. ``states`` is bound by its serial
-  loop and L2: 128 programs (tile 32) x 56 KB x 512 = 3.7 GB from L2 (5.5 TB/s: 0.67 ms), or 64
-  programs (tile 64), 2.1 GB, ~1.0 us a step = 0.5 ms. Predicted sum 0.75 to 0.95 ms (fla 2.19).
-  1x4096: 64 steps of ~1.2 us + 3 small kernels = 0.12 ms on the device (fla 0.53).
-  8192x4, 2048x4: 256 programs of tile 64, two waves of one or one of two: 0.65, 0.17 ms.
-  backward 1x32768: prepare 0.2 + states again 0.6 + reverse states 0.8 + score grads 0.3 +
-  input grads 0.6 + gates 0.05 = 2.5 ms; 1x4096 0.35 ms.
-  128 x 1024, Hk 3, Hv 6, d 64 (12288 chunk-heads of half the bytes): forward 0.25, backward 0.9 ms.
+  1x32768 = 16384 chunk-heads: 0.12 + 0.25 ms of bytes. scores: 4.2k cycles a chunk-head, 3 to a
+  multiprocessor: 0.15 to 0.22 ms (0.617 with the inverse in a kernel of its own). states: tile 64
+  turned, 1.0 us a step, half the L2 bytes: 0.50 to 0.60 ms (0.795). Sum 0.70 to 0.80 (1.41; fla
+  2.19). 1x4096: 0.10 (0.199). 8192x4: 256 programs, two to a multiprocessor: 0.30 + 0.2 = 0.5
+  (1.41); 2048x4 0.15 (0.37).
+  backward 1x32768: prepare 0.2 + states 0.5 + reverse states 0.7 + score grads 0.3 + input grads
+  about 2 = 3.7 ms (4.96).
   decode: state read and written once, 4.19 MB (fp32) a sequence and layer: batch 1 / 32 / 128 / 256
   6 / 36 / 145 / 290 us (87 %); bf16 state 5 / 20 / 75 / 148 us.
-  conv 32768 x 8192: 1.07 GB, 0.29 ms; backward 1.61 GB, 0.6 ms (special functions).
+  conv 32768 x 8192: 1.07 GB, 0.25 ms of bytes, 0.34 expected (0.607); backward 1.61 GB, 0.38 ms of
+  bytes, 0.7 expected: 60 instructions an element (4.74).
   norms 32768 x 2048: 0.27 GB, 0.07 ms; add 0.54 GB, 0.14 ms; gated (1M x 128) 0.8 GB, 0.21 ms.
 """
 
@@ -50,6 +49,9 @@ from qnext.kernels.gated_delta import triton_recurrent as recurrent
 from qnext.kernels.norm import triton as norm
 
 COPY = 4.26e12
+#: Seconds after which no further configuration is tried.
+LIMIT_S = 66
+FP32_BEFORE_S = 58
 BF16, FP32 = torch.bfloat16, torch.float32
 LAYER, SMALL = (16, 32, 128), (3, 6, 64)
 FLA_MS = {"1x4096": 0.53, "1x32768": 2.19}
@@ -280,10 +282,34 @@ def time_chunk(fla: Any) -> None:
 def time_stages(q, k, v, g, beta, cu) -> None:
     made = chunk.prepare(q, k, g, beta, cu)
     states = (q, k, v, made, cu, None)
-    timed("stage index", lambda: chunk.index_chunks(cu, 32768))
-    timed("stage index+scores+invert", lambda: chunk.prepare(q, k, g, beta, cu))
+    timed("stage index+scores", lambda: chunk.prepare(q, k, g, beta, cu))
     timed("stage states", lambda: chunk.run_states(*states))
     timed("stage states kept", lambda: chunk.run_states(*states, keep=True))
+    try:
+        import gdn_v1 as old
+    except ImportError:
+        return
+    before = old.prepare(q, k, g, beta, cu)
+    timed("stage index+scores old", lambda: old.prepare(q, k, g, beta, cu), rep=30)
+    timed("stage states old", lambda: old.run_states(q, k, v, before, cu, None), rep=30)
+    want = old.run_states(q, k, v, before, cu, None)[0].double()
+    check("long new-old o", chunk.run_states(*states)[0], want, 1e-2)
+
+
+def time_kernels() -> None:
+    """Device time of each kernel of one forward and backward, 1x32768."""
+    from torch.profiler import ProfilerActivity, profile
+
+    *args, cu, _ = draw([32768], LAYER)
+    leaves = [x.requires_grad_() for x in args]
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        o, _ = chunk.chunk_gated_delta_rule(*leaves, cu)
+        torch.autograd.grad(o, leaves, torch.ones_like(o))
+        torch.cuda.synchronize()
+    for event in seen.key_averages():
+        if event.device_time_total > 10:
+            name = f"kernel {event.key[:28]}"
+            report["ms"][name] = {"ms": event.device_time_total / 1000, "calls": event.count}
 
 
 def time_backward() -> None:
@@ -312,7 +338,7 @@ def time_backward() -> None:
 
 def time_decode(fla: Any) -> None:
     for dtype in (FP32, BF16):
-        for batch in (1, 32, 128, 256):
+        for batch in (1, 32, 128):
             calls = max(512 // batch, 1) if batch < 32 else max(256 // batch, 1)
             calls = min(calls, 64)
             slots = calls * batch
@@ -384,53 +410,115 @@ def time_small() -> None:
           3 * size)  # fmt: skip
 
 
-def sweep() -> None:
-    """Launch configurations of the serial kernel, the decode and the convolution."""
+def candidate(name: str, build: Callable[[], Sequence[Tensor]], want: Any, ms: Callable) -> Any:
+    """Time one configuration while there is time left; its difference from ``want``, its races."""
+    if time.time() - started > LIMIT_S:
+        report["configs"][name] = {"skipped": "no time left"}
+        return want
+    try:
+        got, again = build(), build()
+        want = [x.double() for x in got] if want is None else want
+        report["configs"][name] = {
+            "ms": ms(), "difference": max(
+                float((a.double() - b).norm() / b.norm()) for a, b in zip(got, want, strict=True)
+            ), "repeats": all(torch.equal(a, b) for a, b in zip(got, again, strict=True)),
+        }  # fmt: skip
+    except Exception as problem:
+        report["configs"][name] = {"failed": f"{type(problem).__name__}: {problem}"[:120]}
+    return want
+
+
+def bench(work: Callable[[], Any]) -> float:
+    return float(triton.testing.do_bench(work, warmup=5, rep=25, return_mode="median"))
+
+
+def sweep_inputs() -> None:
+    *args, cu, state = draw([32768], LAYER)
+    d_o, d_final = torch.randn_like(args[2]), torch.zeros_like(state)
+    kept, want = grad.INPUT_CONFIG, None
+
+    def run() -> Sequence[Tensor]:
+        return grad.gradients(*args, cu, None, d_o, d_final)[:2]
+
+    for config in (kept, (32, 64, 2, 1), (32, 64, 4, 2), (64, 64, 2, 2), (64, 32, 4, 2)):
+        grad.INPUT_CONFIG = config
+        want = candidate(f"backward 1x32768 {config}", run, want, lambda: bench(run))
+    grad.INPUT_CONFIG = kept
+
+
+def sweep_states() -> None:
     for name, lengths in {"1x32768": [32768], "8192x4": [8192] * 4}.items():
         q, k, v, g, beta, cu, _ = draw(lengths, LAYER)
-        made = chunk.prepare(q, k, g, beta, cu)
-        want = None
-        for config in ((32, 4, 3), (32, 4, 2), (64, 4, 2), (64, 8, 2), (16, 4, 3)):
-            key = f"states {name} {config}"
-            try:
-                got, _, _ = chunk.run_states(q, k, v, made, cu, None, config=config)
-                want = got.double() if want is None else want
-                error = float((got.double() - want).norm() / want.norm())
-                ms = triton.testing.do_bench(
-                    lambda a=(q, k, v, made, cu, None), c=config: chunk.run_states(*a, config=c),
-                    warmup=10, rep=40, return_mode="median",
-                )  # fmt: skip
-                report["configs"][key] = {"ms": ms, "difference": error}
-            except Exception as problem:
-                report["configs"][key] = {"failed": f"{type(problem).__name__}: {problem}"[:120]}
+        made, want = chunk.prepare(q, k, g, beta, cu), None
+        for config in ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2)):
 
-    x = decode_inputs(128, 256, FP32)
+            def run(a=(q, k, v, made, cu, None), c=config) -> Sequence[Tensor]:
+                return chunk.run_states(*a, config=c)[:2]
+
+            want = candidate(f"states {name} {config}", run, want, lambda r=run: bench(r))
+
+
+def sweep_scores() -> None:
+    q, k, _, g, beta, cu, _ = draw([32768], LAYER)
+    kept, want = chunk.warps, None
+    for count in (4, 2, 8):
+        chunk.warps = lambda dtype, n=count: n
+
+        def run() -> Sequence[Tensor]:
+            made = chunk.prepare(q, k, g, beta, cu)
+            return made.M[:512], made.P[:512]
+
+        want = candidate(f"scores {count} warps", run, want, lambda r=run: bench(r))
+    chunk.warps = kept
+
+
+def sweep_decode() -> None:
     rows = [torch.arange(128, device="cuda").int(), torch.arange(128, 256, device="cuda").int()]
     kept = recurrent.DECODE_CONFIG
-    for config in ((32, 4, 3), (32, 4, 1), (32, 8, 3), (64, 4, 1), (64, 8, 3), (32, 4, 4)):
-        recurrent.DECODE_CONFIG = config
-        try:
-            ms = graphed(
-                lambda: [recurrent.fused_decode(**{**x, "slot_ids": r}, eps=1e-6) for r in rows], 2
-            )
-            share = 128 * 2**22 / COPY / (ms * 1e-3)
-            report["configs"][f"decode 128 {config}"] = {"ms": ms, "share_of_copy": share}
-        except Exception as problem:
-            report["configs"][f"decode 128 {config}"] = {"failed": str(problem)[:120]}
+    for dtype in (BF16, FP32):
+        x = decode_inputs(128, 256, dtype)
+        for config in ((64, 4, 1), (128, 8, 1), (128, 4, 1), (64, 2, 1)):
+            recurrent.DECODE_CONFIG = config
+
+            def step(x=x) -> list[Tensor]:
+                return [recurrent.fused_decode(**{**x, "slot_ids": r}, eps=1e-6) for r in rows]
+
+            name = f"decode 128 {str(dtype)[6:]} {config}"
+            start = {s: x[s].clone() for s in ("conv_state", "recurrent_state")}
+
+            def fresh(x=x, start=start) -> list[Tensor]:
+                for s, value in start.items():
+                    x[s].copy_(value)
+                return [recurrent.fused_decode(**{**x, "slot_ids": rows[0]}, eps=1e-6)]
+
+            candidate(name, fresh, None, lambda s=step: graphed(s, 2))
+            row = report["configs"][name]
+            if "ms" in row:
+                size = 128 * 2**20 * dtype.itemsize
+                row["share_of_copy"] = size / COPY / (row["ms"] * 1e-3)
     recurrent.DECODE_CONFIG = kept
 
-    x = torch.randn(32768, 8192, device="cuda").to(BF16)
+
+def sweep_conv() -> None:
+    x = torch.randn(32768, 8192, device="cuda").to(BF16).requires_grad_()
     w = torch.randn(8192, 4, device="cuda").to(BF16)
     cu = torch.tensor([0, 32768], device="cuda").int()
-    kept = conv.CONFIG
-    with torch.no_grad():
-        for config in ((64, 4), (64, 8), (128, 8)):
-            conv.CONFIG = config
-            ms = triton.testing.do_bench(
-                lambda: conv.causal_conv(x, w, cu), warmup=10, rep=30, return_mode="median"
-            )
-            report["configs"][f"conv {config}"] = {"ms": ms}
-    conv.CONFIG = kept
+    kept = conv.CONFIG, conv.BACKWARD_CONFIG
+    for config in ((512, 2), (1024, 4), (256, 2), (512, 4)):
+        conv.CONFIG = conv.BACKWARD_CONFIG = config
+
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                return [conv.causal_conv(x, w, cu)[0]]
+
+        y, _ = conv.causal_conv(x, w, cu)
+
+        def backward(y=y) -> Sequence[Tensor]:
+            return torch.autograd.grad(y, [x], y.detach(), retain_graph=True)
+
+        candidate(f"conv forward {config}", forward, None, lambda f=forward: bench(f))
+        candidate(f"conv backward {config}", backward, None, lambda f=backward: bench(f))
+    conv.CONFIG, conv.BACKWARD_CONFIG = kept
 
 
 def main() -> None:
@@ -449,7 +537,6 @@ def main() -> None:
     attempt("chunk layer", lambda: correct_chunk("layer", lengths, LAYER, BF16, 2e-2))
     attempt("chunk small", lambda: correct_chunk("small", [200, 65], SMALL, BF16, 2e-2))
     attempt("chunk fp16", lambda: correct_chunk("fp16", [100], SMALL, torch.float16, 4e-3))
-    attempt("chunk fp32", lambda: correct_chunk("fp32", [100], SMALL, FP32, 5e-5))
     attempt("decode fp32", lambda: correct_decode(FP32, 1e-5))
     attempt("decode bf16", lambda: correct_decode(BF16, 4e-3))
     attempt("recurrent", correct_recurrent)
@@ -467,10 +554,17 @@ def main() -> None:
     attempt("time backward", time_backward)
     attempt("time decode", lambda: time_decode(fla))
     attempt("time small", time_small)
+    attempt("kernels", time_kernels)
     if not options.quick:
-        attempt("sweep", sweep)
-    report["seconds"] = time.time() - started
+        sweeps = (sweep_states, sweep_inputs, sweep_scores, sweep_decode, sweep_conv)
+        for part in sweeps:
+            attempt(part.__name__, part)
     options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "gdn.json").write_text(json.dumps(report, indent=1))
+    if time.time() - started < FP32_BEFORE_S:  # slow to compile
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        attempt("chunk fp32", lambda: correct_chunk("fp32", [100], SMALL, FP32, 5e-5))
+    report["seconds"] = time.time() - started
     (options.out / "gdn.json").write_text(json.dumps(report, indent=1))
 
     print(report["machine"], f"{report['seconds']:.0f} s")

@@ -7,6 +7,8 @@ this session (arrow keys); nothing is written to a file.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,8 +17,6 @@ from qnext.cli import session
 from qnext.errors import RequestError, TextError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from qnext.engine.llm import LLM
     from qnext.engine.outputs import StreamDelta
     from qnext.engine.sampling_params import SamplingParams
@@ -36,6 +36,7 @@ def chat(
     temperature: session.Temperature = None,
     top_p: session.TopP = None,
     top_k: session.TopK = None,
+    repetition_penalty: session.Penalty = None,
     seed: session.Seed = 0,
     num_speculative_tokens: session.Drafts = "auto",
     dtype: session.Dtype = "auto",
@@ -56,7 +57,7 @@ def chat(
         revision=revision,
         offline=offline,
     )
-    params = session.sampling(llm, max_tokens, temperature, top_p, top_k)
+    params = session.sampling(llm, max_tokens, temperature, top_p, top_k, repetition_penalty)
     talk = Conversation(llm, params, system)
     if not talk.has_template:
         typer.echo("A base model without a chat template: it continues what you write.", err=True)
@@ -161,9 +162,10 @@ class Conversation:
 
     def _continue(self, prompt: str) -> str:
         answer = ""
-        for delta in _interruptible(self.llm.stream(prompt, self.params)):
-            answer += delta.text
-            session.write(delta.text)
+        with _stoppable(self.llm.stream(prompt, self.params)) as stream:
+            for delta in stream:
+                answer += delta.text
+                session.write(delta.text)
         session.write("\n")
         return answer
 
@@ -191,20 +193,23 @@ class Conversation:
                 else:
                     session.write(f"[call {event.name} {event.arguments}]")
 
-        for delta in _interruptible(self.llm.stream(prompt, self.params)):
-            show(parser.push(delta.text))
+        with _stoppable(self.llm.stream(prompt, self.params)) as stream:
+            for delta in stream:
+                show(parser.push(delta.text))
         show(parser.finish())
         session.write(f"{plain if thinking else ''}\n")
         return content
 
 
-def _interruptible(stream: Iterator[StreamDelta]) -> Iterator[StreamDelta]:
-    """Ctrl-C ends the answer, not the program."""
+@contextmanager
+def _stoppable(stream: Iterator[StreamDelta]) -> Iterator[Iterator[StreamDelta]]:
+    """Ctrl-C anywhere in this block ends the answer, not the program."""
     try:
-        yield from stream
+        yield stream
     except KeyboardInterrupt:
-        stream.close()  # type: ignore[attr-defined]
         session.write(" [stopped]")
+    finally:
+        stream.close()  # type: ignore[attr-defined]
 
 
 def _line_editor() -> None:

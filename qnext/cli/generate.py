@@ -11,7 +11,7 @@ import typer
 from qnext.cli import session
 from qnext.errors import RequestError
 
-SAMPLE = "A branch in Git is"
+SAMPLE = "A transaction is"
 """Shows the model in the box; an Instruct model is better served by ``qnext chat``."""
 
 
@@ -22,6 +22,7 @@ def generate(
     temperature: session.Temperature = None,
     top_p: session.TopP = None,
     top_k: session.TopK = None,
+    repetition_penalty: session.Penalty = None,
     seed: session.Seed = 0,
     num_speculative_tokens: session.Drafts = "auto",
     dtype: session.Dtype = "auto",
@@ -45,7 +46,7 @@ def generate(
         revision=revision,
         offline=offline,
     )
-    params = session.sampling(llm, max_tokens, temperature, top_p, top_k)
+    params = session.sampling(llm, max_tokens, temperature, top_p, top_k, repetition_penalty)
     pace = session.Pace(llm)
     if as_json:
         [result] = llm.generate(prompt, params)

@@ -20,6 +20,12 @@ MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the model's own.")]
 TopP = Annotated[float | None, typer.Option(help="Nucleus; default: the model's own.")]
 TopK = Annotated[int | None, typer.Option(help="Best k only; default: the model's own.")]
+Penalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty", help="Above 1: less repetition; default: the model's own."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the sampling: the same seed, the same text.")]
 Drafts = Annotated[
     str, typer.Option("--num-speculative-tokens", "-k", help="MTP drafts per step: 0..8 or auto.")
@@ -88,9 +94,15 @@ def sampling(
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
+    repetition_penalty: float | None,
 ) -> SamplingParams:
     """The model's recommended values with those of the command line in their place."""
-    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+    }
     changes = {name: value for name, value in given.items() if value is not None}
     return llm.get_default_sampling_params().replace(max_tokens=max_tokens, **changes)
 

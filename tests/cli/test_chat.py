@@ -97,6 +97,21 @@ def test_ctrl_c_keeps_what_was_said(tmp_path, capsys):
     assert talk.exchanges == [("Count", "One two")]
 
 
+def test_ctrl_c_while_the_answer_is_written_counts_too(tmp_path, monkeypatch):
+    llm = ScriptedLLM(folder_with(tmp_path, None), ["One ", "two", " three"])
+    talk, written = Conversation(llm, None), []
+
+    def write(text):
+        written.append(text)
+        if text == "two":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("qnext.cli.session.write", write)
+    talk.say("Count")
+    assert written == ["One ", "two", " [stopped]", "\n"]
+    assert talk.exchanges == [("Count", "One two")]
+
+
 def test_a_message_that_does_not_fit_is_not_kept(tmp_path, capsys):
     llm = ScriptedLLM(folder_with(tmp_path, "instruct"), ["Fine."])
     talk = Conversation(llm, None)
@@ -161,32 +176,35 @@ class Terminal:
         text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return text
 
-    def close(self) -> int:
-        code = self.process.wait(timeout=60)
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
         os.close(self._end)
-        return code
 
 
 def test_two_turns_and_a_stopped_answer_on_a_terminal(repository):
-    terminal = Terminal("chat", "--max-tokens", "400", cwd=repository)
-    start = terminal.wait_for("> $")
-    assert "A base model without a chat template" in start
-    terminal.type("/context\n")
-    terminal.wait_for(r"\[context 0 of 8,192 tokens, 0%\].*> $")
-    terminal.type("The kernel is\n")
-    terminal.wait_for(r"The kernel is\r\n.{20}")
-    os.kill(terminal.process.pid, signal.SIGINT)
-    first = terminal.wait_for(r"\[stopped\].*\[context (\d+) of .*\n> $")
-    assert "tokens/s" in first
-    terminal.type("/undo\n")
-    terminal.wait_for(r"taken back.*> $")
-    os.kill(terminal.process.pid, signal.SIGINT)
-    terminal.wait_for(r"\(Ctrl-D leaves\).*> $")
-    terminal.type("A \\\n")
-    terminal.wait_for(r"\. $")
-    terminal.type("file\n")
-    terminal.wait_for(r"file\r\n.{20}")
-    os.kill(terminal.process.pid, signal.SIGINT)
-    terminal.wait_for(r"\[context \d+ of .*\n> $")
-    terminal.type("\x04")
-    assert terminal.close() == 0
+    with Terminal("chat", "--max-tokens", "2000", cwd=repository) as terminal:
+        start = terminal.wait_for("> $")
+        assert "A base model without a chat template" in start
+        terminal.type("/context\n")
+        terminal.wait_for(r"\[context 0 of 8,192 tokens, 0%\].*> $")
+        terminal.type("The kernel is\n")
+        terminal.wait_for(r"The kernel is\r\n.{20}")
+        os.kill(terminal.process.pid, signal.SIGINT)
+        first = terminal.wait_for(r"\[stopped\].*\[context (\d+) of .*\n> $")
+        assert "tokens/s" in first
+        terminal.type("/undo\n")
+        terminal.wait_for(r"taken back.*> $")
+        os.kill(terminal.process.pid, signal.SIGINT)
+        terminal.wait_for(r"\(Ctrl-D leaves\).*> $")
+        terminal.type("A \\\n")
+        terminal.wait_for(r"\. $")
+        terminal.type("file\n")
+        terminal.wait_for(r"file\r\n.{20}")
+        os.kill(terminal.process.pid, signal.SIGINT)
+        terminal.wait_for(r"\[context \d+ of .*\n> $")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=60) == 0

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from qnext.cli.generate import SAMPLE
+
 
 def test_json_and_text_are_the_same_completion(qnext):
     arguments = ("generate", "The kernel", "--max-tokens", 12, "--seed", 3)
@@ -27,6 +29,8 @@ def test_json_and_text_are_the_same_completion(qnext):
     assert first.startswith("[qnext-small: qwen3_next trained by this project")
     assert "22.2M parameters" in first
     assert last.startswith("[12 tokens, ")
+    calm = json.loads(qnext(*arguments, "--repetition-penalty", 5, "--json").out)
+    assert calm["token_ids"] != row["token_ids"]
     other = json.loads(qnext(*arguments[:-1], 4, "--json").out)
     assert other["token_ids"] != row["token_ids"]
 
@@ -81,7 +85,7 @@ def test_without_arguments_a_sample_streams_until_ctrl_c(repository: Path):
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert start.startswith(b"A branch in Git is")
+    assert start.startswith(SAMPLE.encode())
     assert process.returncode == 130
     assert err.endswith(b"\ninterrupted\n")
     assert b"Traceback" not in err

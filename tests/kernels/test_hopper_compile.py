@@ -20,10 +20,14 @@ def test_decode_kernels_compile_for_hopper():
     found = [json.loads(line) for line in done.stdout.splitlines()]
     names = {kernel["kernel"] for kernel in found}
     assert names == {
-        "_gemv", "_skinny", "_router", "_gate_up", "_down", "_dispatch", "_grouped_gate_up",
-        "_grouped_down", "_combine", "_split", "_merge",
+        "_gemv", "_skinny", "_norm_rows", "_router", "_gate_up", "_down", "_choose", "_place",
+        "_few_gate_up", "_grouped_gate_up", "_grouped_down", "_combine", "_split", "_merge",
+        "_decode_head",
     }  # fmt: skip
     assert all(kernel["waits"] for kernel in found)
     if version("triton").startswith("3.6."):  # the one the register tiles are laid out for
         assert [k["kernel"] for k in found if k["stack"]] == []
-    assert [k["kernel"] for k in found if not k["wide"] and k["kernel"] != "_dispatch"] == []
+    # Triton 3.6 miscompiles tensor-core kernels of one stage on Hopper
+    assert [k["kernel"] for k in found if k["wgmma"] and (k["stages"] or 2) < 2] == []
+    small = {"_choose", "_place", "_norm_rows"}
+    assert {k["kernel"] for k in found if not k["wide"]} <= small

@@ -71,6 +71,14 @@ def test_triton_equals_reference(tokens, fp8, config):
     assert torch.equal(found.long(), out.argmax(1))
 
 
+@pytest.mark.parametrize("tokens", [17, 40])
+def test_more_rows_than_a_narrow_tile(tokens):
+    weight, scale = fp8_weight(70, 384)
+    x, norm = torch.randn(tokens, 384), torch.randn(384) * 0.1
+    out = kernels.linear(x, weight, scale, norm_weight=norm)
+    assert relative(out, reference.linear(x, weight, scale, norm_weight=norm)) < 1e-5
+
+
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_tail_follows_the_first_matrix(tokens):
     weight, scale = fp8_weight(24, 512)
@@ -94,5 +102,6 @@ def test_launch_choices_fit_the_shape(n, k, fp8):
     rows, chunks, _ = kernels.gemv_config(n, k, fp8)
     unit = 512 if fp8 else 256
     assert (k % (chunks * unit), 128 % rows) == (0, 0)
-    rows, slices, _, _ = kernels.skinny_config(n, k, fp8)
-    assert (128 % rows, k % (slices * 128)) == (0, 0)
+    for tokens in (2, 64):
+        rows, slices, _, _ = kernels.skinny_config(n, k, fp8, tokens)
+        assert (128 % rows, k % (slices * 128)) == (0, 0)

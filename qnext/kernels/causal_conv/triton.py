@@ -1,7 +1,7 @@
 """Causal depthwise convolution with SiLU in Triton, forward and backward.
 
-A program owns 64 tokens of one sequence and a block of channels. Shifted rows are loaded again
-for each tap (they hit the L1 cache); nothing between input and output goes through memory.
+A program walks 64 tokens of one sequence with a block of channels, the window in registers, four
+rows loaded at a time: every row is read once, and only three more per program (six backward).
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qnext.errors import KernelError
 from qnext.kernels.gated_delta.triton_chunk import index_chunks
 
 #: (channels per program, warps) forward and backward.
-CONFIG = (64, 4)
-BACKWARD_CONFIG = (64, 8)
+CONFIG = (256, 2)
+BACKWARD_CONFIG = (256, 2)
 
 
 @triton.jit
@@ -24,6 +25,7 @@ def _column(
     C: tl.constexpr, TAPS: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
     """Inputs at positions ``pos`` of one sequence; before its start those of ``initial``."""
+    pos = tl.zeros_like(c) + pos
     live = (pos >= 0) & (pos < length) & inside
     value = tl.load(x + (bos + pos) * sx + c, mask=live, other=0.0).to(tl.float32)
     if INITIAL:
@@ -31,6 +33,23 @@ def _column(
         where = initial + (n * C + c) * (TAPS - 1) + pos + (TAPS - 1)
         value += tl.load(where, mask=past, other=0.0).to(tl.float32)
     return value
+
+
+@triton.jit
+def _tap(weight, c, J: tl.constexpr, inside, TAPS: tl.constexpr):
+    """Tap J of four; a shorter window has zeros before it."""
+    if J + TAPS < 4:
+        value = tl.zeros_like(c).to(tl.float32)
+    else:
+        where = weight + c * TAPS + (J + TAPS - 4)
+        value = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _silu_store(where, total, c, inside, live):
+    live = (tl.zeros_like(c) + live.to(tl.int32) > 0) & inside
+    tl.store(where, (total * tl.sigmoid(total)).to(where.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -44,18 +63,31 @@ def _forward(
         return
     bos = tl.load(cu_seqlens + n).to(tl.int64)
     length = tl.load(cu_seqlens + n + 1) - bos
-    c = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = c < C
-    pos = ((chunk - tl.load(chunk_first + n)) * 64 + tl.arange(0, 64))[:, None]
-    total = tl.zeros((64, BC), tl.float32)
-    for j in tl.static_range(TAPS):
-        w = tl.load(weight + c * TAPS + j, mask=inside, other=0.0).to(tl.float32)
-        total += w * _column(
-            x, initial, bos, length, n, pos + (j + 1 - TAPS), c, inside, sx, C, TAPS, INITIAL
-        )
-    out = total * tl.sigmoid(total)
-    live = (pos < length) & inside
-    tl.store(y + (bos + pos) * C + c, out.to(y.dtype.element_ty), mask=live)
+    first = (chunk - tl.load(chunk_first + n)) * 64
+    w0 = _tap(weight, c, 0, inside, TAPS)
+    w1 = _tap(weight, c, 1, inside, TAPS)
+    w2 = _tap(weight, c, 2, inside, TAPS)
+    w3 = _tap(weight, c, 3, inside, TAPS)
+    at = (initial, bos, length, n)
+    x0 = _column(x, *at, first - 3, c, inside, sx, C, TAPS, INITIAL)
+    x1 = _column(x, *at, first - 2, c, inside, sx, C, TAPS, INITIAL)
+    x2 = _column(x, *at, first - 1, c, inside, sx, C, TAPS, INITIAL)
+    for step in range(16):
+        pos = first + step * 4
+        x3 = _column(x, *at, pos, c, inside, sx, C, TAPS, False)
+        x4 = _column(x, *at, pos + 1, c, inside, sx, C, TAPS, False)
+        x5 = _column(x, *at, pos + 2, c, inside, sx, C, TAPS, False)
+        x6 = _column(x, *at, pos + 3, c, inside, sx, C, TAPS, False)
+        out = y + (bos + pos) * C + c
+        _silu_store(out, x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3, c, inside, pos < length)
+        _silu_store(out + C, x1 * w0 + x2 * w1 + x3 * w2 + x4 * w3, c, inside, pos + 1 < length)
+        _silu_store(out + 2 * C, x2 * w0 + x3 * w1 + x4 * w2 + x5 * w3, c, inside, pos + 2 < length)
+        _silu_store(out + 3 * C, x3 * w0 + x4 * w1 + x5 * w2 + x6 * w3, c, inside, pos + 3 < length)
+        x0 = x4
+        x1 = x5
+        x2 = x6
 
 
 @triton.jit
@@ -89,8 +121,27 @@ def _before_silu_grad(
         )
     live = (pos >= 0) & (pos < length) & inside
     dy = tl.load(d_y + (bos + pos) * C + c, mask=live, other=0.0).to(tl.float32)
+    return _silu_grad(dy, total)
+
+
+@triton.jit
+def _silu_grad(dy, total):
     gate = tl.sigmoid(total)
     return dy * gate * (1.0 + total * (1.0 - gate))
+
+
+@triton.jit
+def _store_input_grad(
+    dx, pos, d_final, d_x, first, length, bos, n, c, inside, C: tl.constexpr, TAPS: tl.constexpr
+):
+    """Dx at ``pos`` of the chunk that begins at ``first``; others' positions are left out."""
+    column = tl.zeros_like(c) + pos
+    live = inside & (column >= first) & (column < first + 64) & (column < length)
+    late = pos - length + (TAPS - 1)  # >= 0: this input is also a column of the final state
+    if late >= 0:
+        where = d_final + (n * C + c) * (TAPS - 1) + late
+        dx += tl.load(where, mask=live, other=0.0).to(tl.float32)
+    tl.store(d_x + (bos + pos) * C + c, dx.to(d_x.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -101,35 +152,68 @@ def _backward(
     """Dx of 64 tokens; their part of dweight, (chunks, taps, C) fp32."""
     chunk = tl.program_id(0)
     n = tl.load(chunk_sequence + chunk).to(tl.int64)
-    c = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = c < C
     part = d_weight + chunk.to(tl.int64) * TAPS * C + c
     if n < 0:
         for j in tl.static_range(TAPS):
-            tl.store(part + j * C, tl.zeros((1, BC), tl.float32), mask=inside)
+            tl.store(part + j * C, tl.zeros((BC,), tl.float32), mask=inside)
         return
     bos = tl.load(cu_seqlens + n).to(tl.int64)
     length = tl.load(cu_seqlens + n + 1) - bos
-    pos = ((chunk - tl.load(chunk_first + n)) * 64 + tl.arange(0, 64))[:, None]
-    live = (pos < length) & inside
-    late = pos - length + (TAPS - 1)  # >= 0: this input is also a column of the final state
-    where = d_final + (n * C + c) * (TAPS - 1) + late
-    dx = tl.load(where, mask=live & (late >= 0), other=0.0).to(tl.float32)
-    for s in tl.static_range(TAPS):
-        ds = _before_silu_grad(
-            x, weight, initial, d_y, bos, length, n, pos + s, c, inside, sx, C, TAPS, INITIAL
-        )
-        w = tl.load(weight + c * TAPS + (TAPS - 1 - s), mask=inside, other=0.0).to(tl.float32)
-        dx += w * ds
-        if s == 0:
-            for j in tl.static_range(TAPS):
-                value = _column(
-                    x, initial, bos, length, n, pos + (j + 1 - TAPS), c, inside, sx, C, TAPS,
-                    INITIAL,
-                )  # fmt: skip
-                dw = tl.sum(ds * value, 0)[None, :]
-                tl.store(part + j * C, dw, mask=inside)
-    tl.store(d_x + (bos + pos) * C + c, dx.to(d_x.dtype.element_ty), mask=live)
+    first = (chunk - tl.load(chunk_first + n)) * 64
+    w0 = _tap(weight, c, 0, inside, TAPS)
+    w1 = _tap(weight, c, 1, inside, TAPS)
+    w2 = _tap(weight, c, 2, inside, TAPS)
+    w3 = _tap(weight, c, 3, inside, TAPS)
+    at = (initial, bos, length, n)
+    x0 = _column(x, *at, first - 3, c, inside, sx, C, TAPS, INITIAL)
+    x1 = _column(x, *at, first - 2, c, inside, sx, C, TAPS, INITIAL)
+    x2 = _column(x, *at, first - 1, c, inside, sx, C, TAPS, INITIAL)
+    s0 = tl.zeros((BC,), tl.float32)
+    s1 = s0
+    s2 = s0
+    dw0 = s0
+    dw1 = s0
+    dw2 = s0
+    dw3 = s0
+    for step in range(17):
+        pos = first + step * 4
+        x3 = _column(x, *at, pos, c, inside, sx, C, TAPS, False)
+        x4 = _column(x, *at, pos + 1, c, inside, sx, C, TAPS, False)
+        x5 = _column(x, *at, pos + 2, c, inside, sx, C, TAPS, False)
+        x6 = _column(x, *at, pos + 3, c, inside, sx, C, TAPS, False)
+        g3 = _column(d_y, *at, pos, c, inside, C, C, TAPS, False)
+        g4 = _column(d_y, *at, pos + 1, c, inside, C, C, TAPS, False)
+        g5 = _column(d_y, *at, pos + 2, c, inside, C, C, TAPS, False)
+        g6 = _column(d_y, *at, pos + 3, c, inside, C, C, TAPS, False)
+        s3 = _silu_grad(g3, x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3)
+        s4 = _silu_grad(g4, x1 * w0 + x2 * w1 + x3 * w2 + x4 * w3)
+        s5 = _silu_grad(g5, x2 * w0 + x3 * w1 + x4 * w2 + x5 * w3)
+        s6 = _silu_grad(g6, x3 * w0 + x4 * w1 + x5 * w2 + x6 * w3)
+        if step < 16:
+            dw0 += s3 * x0 + s4 * x1 + s5 * x2 + s6 * x3
+            dw1 += s3 * x1 + s4 * x2 + s5 * x3 + s6 * x4
+            dw2 += s3 * x2 + s4 * x3 + s5 * x4 + s6 * x5
+            dw3 += s3 * x3 + s4 * x4 + s5 * x5 + s6 * x6
+        end = (d_final, d_x, first, length, bos, n, c, inside, C, TAPS)
+        _store_input_grad(s0 * w3 + s1 * w2 + s2 * w1 + s3 * w0, pos - 3, *end)
+        _store_input_grad(s1 * w3 + s2 * w2 + s3 * w1 + s4 * w0, pos - 2, *end)
+        _store_input_grad(s2 * w3 + s3 * w2 + s4 * w1 + s5 * w0, pos - 1, *end)
+        _store_input_grad(s3 * w3 + s4 * w2 + s5 * w1 + s6 * w0, pos, *end)
+        x0 = x4
+        x1 = x5
+        x2 = x6
+        s0 = s4
+        s1 = s5
+        s2 = s6
+    if TAPS == 4:
+        tl.store(part, dw0, mask=inside)
+    if TAPS >= 3:
+        tl.store(part + (TAPS - 3) * C, dw1, mask=inside)
+    if TAPS >= 2:
+        tl.store(part + (TAPS - 2) * C, dw2, mask=inside)
+    tl.store(part + (TAPS - 1) * C, dw3, mask=inside)
 
 
 @triton.jit
@@ -218,6 +302,11 @@ def causal_conv(
     x: Tensor, weight: Tensor, cu_seqlens: Tensor, initial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The contract of ``qnext.kernels.causal_conv``; rows of x may be strided."""
+    if weight.shape[1] > 4:
+        raise KernelError(
+            f"causal convolution of {weight.shape[1]} taps on the GPU",
+            hint="the kernel has at most 4 taps; use the reference",
+        )
     if len(x) == 0:
         shape = (len(cu_seqlens) - 1, x.shape[1], weight.shape[1] - 1)
         return torch.empty_like(x), x.new_zeros(shape) if initial is None else initial.to(x.dtype)

@@ -1,8 +1,9 @@
 """Chunked gated delta rule in Triton, forward: two launches (spec 4.5, arXiv 2412.06464).
 
 ``_scores`` makes P and M = (I + A)^-1 of every chunk and value head; ``_states`` walks the chunks
-of one sequence serially for one tile of value columns and writes the outputs as it goes. W and U of the paper are never stored:
-V' = M (beta (V - e^G K S)), so one chunk reads K, Q, V, M, P once and writes O.
+of one sequence serially for one tile of value columns and writes the outputs as it goes. W and U
+of the paper are never stored: V' = M (beta (V - e^G K S)), so one chunk reads K, Q, V, M, P once
+and writes O.
 The backward is in ``triton_chunk_grad.py``.
 """
 
@@ -17,11 +18,11 @@ from torch import Tensor
 
 CHUNK = 64
 
-#: (value columns per program, warps, stages) of the serial kernels. Columns are the rows of their
-#: products, and a warpgroup's product has 64. Three stages fit one program per multiprocessor,
-#: two stages fit two.
+#: (value columns per program, warps, stages) of the serial kernels, measured on an H200. Columns
+#: are the rows of their products: 64 fills a warpgroup, 32 gives one long sequence twice the
+#: programs.
 STATE_CONFIGS = {
-    "few": (64, 4, 3),
+    "few": (32, 4, 2),
     "many": (64, 4, 2),
 }
 #: Programs from which two to a multiprocessor are better (132 on H100 and H200).
@@ -48,6 +49,17 @@ def _index(cu_seqlens, chunk_sequence, chunk_first, N, MAX, BLOCK: tl.constexpr)
         for start in range(before + count, MAX, BLOCK):
             c = start + tl.arange(0, BLOCK)
             tl.store(chunk_sequence + c, tl.zeros_like(c) - 1, mask=c < MAX)
+
+
+@triton.jit
+def _double(inverse, A, r, c, level, PRECISION: tl.constexpr):
+    """The inverse of I + A within blocks of 2**(level + 1), from that within blocks of half."""
+    # r > c where A is not zero, so the blocks of r and c are an odd one and that before it
+    between = ((r >> level) != (c >> level)) & ((r >> (level + 1)) == (c >> (level + 1)))
+    X = tl.where(between, A, 0.0).to(A.dtype)
+    rounded = inverse.to(A.dtype)
+    corner = tl.dot(X, rounded, input_precision=PRECISION).to(A.dtype)
+    return inverse - tl.dot(rounded, corner, input_precision=PRECISION)
 
 
 @triton.jit
@@ -95,14 +107,12 @@ def _scores(
     if kt.dtype != tl.float32:
         A = A.to(tl.float16)  # the mantissa of tf32; |A| <= 1
     inverse = tl.where(r == c, 1.0, tl.where(r // 2 == c // 2, -A.to(tl.float32), 0.0))
-    for level in tl.static_range(1, 6):
-        size = 2**level
-        # r > c where A is not zero, so the blocks of r and c are an odd one and that before it
-        between = (r // size != c // size) & (r // (2 * size) == c // (2 * size))
-        X = tl.where(between, A, 0.0).to(A.dtype)
-        rounded = inverse.to(A.dtype)
-        corner = tl.dot(X, rounded, input_precision=PRECISION).to(A.dtype)
-        inverse -= tl.dot(rounded, corner, input_precision=PRECISION)
+    if kt.dtype == tl.float32:  # code of three products per product: not five times over
+        for level in range(1, 6):
+            inverse = _double(inverse, A, r, c, level, PRECISION)
+    else:
+        for level in tl.static_range(1, 6):
+            inverse = _double(inverse, A, r, c, level, PRECISION)
     tl.store(M + block * 4096 + r * 64 + c, inverse.to(M.dtype.element_ty))
 
 
@@ -142,17 +152,21 @@ def _states(
     corner = (n * HV + h) * DK * DV
     inside = d[None, :] * DV + e[:, None]
     square = i[:, None] * 64 + i[None, :]
+    # 32-bit within a chunk: the 64-bit part of an address is one scalar
+    k_tile = i[:, None] * sk + d[None, :]
+    q_tile = i[:, None] * sq + d[None, :]
+    v_tile = i[:, None] * sv + e[None, :]
+    o_tile = i[None, :] * (HV * DV) + e[:, None]
     if INITIAL:
         S = tl.load(initial + corner + inside).to(tl.float32)
     else:
         S = tl.zeros((BV, DK), tl.float32)
     for c in tl.range(0, (length + 63) // 64, num_stages=STAGES):
-        row = c * 64 + i
-        live = row < length
-        at = row.to(tl.int64)
+        live = c * 64 + i < length
+        at = tl.full((), 64, tl.int64) * c
         slot = (first + c) * HV
-        kt = tl.load(k + at[:, None] * sk + d[None, :], mask=live[:, None], other=0.0)
-        vt = tl.load(v + at[None, :] * sv + e[:, None], mask=live[None, :], other=0.0)
+        kt = tl.load(k + at * sk + k_tile, mask=live[:, None], other=0.0)
+        vt = tl.load(v + at * sv + v_tile, mask=live[:, None], other=0.0)
         mt = tl.load(M + slot * 4096 + square)
         bt = tl.load(gates + slot * 256 + 64 + i)
         grown = tl.load(gates + slot * 256 + 128 + i)
@@ -160,23 +174,21 @@ def _states(
         decay = tl.load(gates + slot * 256 + 128 + 63)
         Sb = S.to(kt.dtype)
         y = tl.dot(Sb, tl.trans(kt), input_precision=PRECISION)
-        x = (vt.to(tl.float32) - y * grown[None, :]) * bt[None, :]
+        x = (tl.trans(vt).to(tl.float32) - y * grown[None, :]) * bt[None, :]
         if KEEP:
             tl.store(kept_states + slot * DK * DV + inside, Sb)
-        else:
-            qt = tl.load(q + at[:, None] * sq + d[None, :], mask=live[:, None], other=0.0)
-            out = tl.dot(Sb, tl.trans(qt), input_precision=PRECISION) * grown[None, :]
         w = tl.dot(x.to(kt.dtype), tl.trans(mt), input_precision=PRECISION)
         wb = w.to(kt.dtype)
         left = (w * fading[None, :]).to(kt.dtype)
         S = tl.dot(left, kt, S * decay, input_precision=PRECISION)
-        where = at[None, :] * (HV * DV) + e[:, None]
         if KEEP:
-            tl.store(kept_values + where, wb, mask=live[None, :])
+            tl.store(kept_values + at * (HV * DV) + o_tile, wb, mask=live[None, :])
         else:
+            qt = tl.load(q + at * sq + q_tile, mask=live[:, None], other=0.0)
+            out = tl.dot(Sb, tl.trans(qt), input_precision=PRECISION) * grown[None, :]
             pt = tl.load(P + slot * 4096 + square)
             out = tl.dot(wb, tl.trans(pt), out, input_precision=PRECISION)
-            tl.store(o + where, out.to(o.dtype.element_ty), mask=live[None, :])
+            tl.store(o + at * (HV * DV) + o_tile, out.to(o.dtype.element_ty), mask=live[None, :])
     tl.store(final + corner + inside, S)
 
 

@@ -23,7 +23,7 @@ from qnext.kernels.gated_delta import triton_chunk
 from qnext.kernels.gated_delta.triton_chunk import CHUNK, precision
 
 #: (key columns, value columns, warps, stages) of the parallel gradient kernel.
-INPUT_CONFIG = (32, 32, 4, 2)
+INPUT_CONFIG = (32, 64, 4, 2)
 
 
 @triton.jit
@@ -58,18 +58,19 @@ def _state_grads(
     corner = (n * HV + h) * DK * DV
     inside = d[None, :] * DV + e[:, None]
     square = i[:, None] * 64 + i[None, :]
+    k_tile = i[:, None] * sk + d[None, :]
+    q_tile = i[:, None] * sq + d[None, :]
+    o_tile = i[None, :] * (HV * DV) + e[:, None]
     dS = tl.load(d_final + corner + inside)
     count = (length + 63) // 64
     for step in tl.range(0, count, num_stages=STAGES):
         c = count - 1 - step
-        row = c * 64 + i
-        live = row < length
-        at = row.to(tl.int64)
+        live = c * 64 + i < length
+        at = tl.full((), 64, tl.int64) * c
         slot = (first + c) * HV
-        where = at[None, :] * (HV * DV) + e[:, None]
-        kt = tl.load(k + at[:, None] * sk + d[None, :], mask=live[:, None], other=0.0)
-        qt = tl.load(q + at[:, None] * sq + d[None, :], mask=live[:, None], other=0.0)
-        dot = tl.load(d_o + where, mask=live[None, :], other=0.0)
+        kt = tl.load(k + at * sk + k_tile, mask=live[:, None], other=0.0)
+        qt = tl.load(q + at * sq + q_tile, mask=live[:, None], other=0.0)
+        dot = tl.load(d_o + at * (HV * DV) + o_tile, mask=live[None, :], other=0.0)
         mt = tl.load(M + slot * 4096 + square)
         pt = tl.load(P + slot * 4096 + square)
         bt = tl.load(gates + slot * 256 + 64 + i)
@@ -81,7 +82,7 @@ def _state_grads(
         dw = tl.dot(dSb, tl.trans(kt), input_precision=PRECISION) * fading[None, :]
         dw = tl.dot(dot, pt, dw, input_precision=PRECISION)
         dx = tl.dot(dw.to(kt.dtype), mt, input_precision=PRECISION)
-        tl.store(d_x + where, dx.to(kt.dtype), mask=live[None, :])
+        tl.store(d_x + at * (HV * DV) + o_tile, dx.to(kt.dtype), mask=live[None, :])
         out = (dot.to(tl.float32) * grown[None, :]).to(kt.dtype)
         back = (dx * (-bt * grown)[None, :]).to(kt.dtype)
         dS = tl.dot(out, qt, dS * decay, input_precision=PRECISION)

@@ -20,7 +20,7 @@ TAPS = 4
 #: (value columns per program, warps) of the token loop.
 RECURRENT_CONFIG = (32, 4)
 #: (value columns per tile, warps, tiles loaded ahead) of the fused decode.
-DECODE_CONFIG = (32, 4, 3)
+DECODE_CONFIG = (64, 2, 1)
 
 
 @triton.jit

@@ -1,0 +1,20 @@
+"""bench: the shape of its result on the smallest run there is."""
+
+from __future__ import annotations
+
+import json
+
+
+def test_bench_measures_ours_and_prints_json(qnext):
+    done = qnext("bench", "--repeats", 1, "--new-tokens", 4, "--prompt-tokens", 16, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert {"decode_ms", "prefill_ms", "mtp1_ms"} <= set(result["ours"])
+    assert all(value > 0 for value in result["ours"].values())
+    assert 0 < result["bandwidth_share"] < 2
+
+
+def test_an_unknown_peer_is_refused(qnext):
+    done = qnext("bench", "--against", "abacus")
+    assert done.code == 2
+    assert "peer 'abacus' is not known" in done.err
