@@ -35,7 +35,7 @@ $(VENV)/.venv:
 # torch first and alone, so that the pinned build is the one everything else sees.
 $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 	$(PIP) torch
-	$(PIP) -e .
+	$(PIP) -e '.[cpu]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo

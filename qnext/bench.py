@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from statistics import median
 from typing import Any
@@ -60,9 +61,9 @@ def run(options: BenchOptions) -> dict[str, Any]:
     }
     count = options.new_tokens
     prompt = _prompt(plain, options.prompt_tokens)
-    ours = {
-        "decode_ms": lambda: 1e3 * _decode(plain, count) / count,
-        "prefill_ms": lambda: 1e3 * _prefill(plain, prompt),
+    ours: dict[str, Callable[[], float]] = {
+        "decode_ms": partial(_decode_ms, plain, count),
+        "prefill_ms": partial(_prefill_ms, plain, prompt),
     }
     drafting = {}
     if plain.model.mtp is not None:
@@ -70,19 +71,19 @@ def run(options: BenchOptions) -> dict[str, Any]:
             llm = LLM(options.model, dtype=options.dtype, device=options.device,
                       num_speculative_tokens=k)  # fmt: skip
             drafting[k] = llm
-            ours[f"mtp{k}_ms"] = lambda llm=llm: 1e3 * _decode(llm, count) / count
+            ours[f"mtp{k}_ms"] = partial(_decode_ms, llm, count)
     peers: dict[str, Callable[[], float]] = {}
     if options.against:
         names = ("float32", "bfloat16") if options.peer_dtype == "auto" else (options.peer_dtype,)
         for name in names:
             peer = _Transformers(plain, name)
-            peers[f"decode_ms {name}"] = lambda p=peer: 1e3 * p.decode(count)
-            peers[f"prefill_ms {name}"] = lambda p=peer: 1e3 * p.prefill(prompt)
+            peers[f"decode_ms {name}"] = partial(peer.decode_ms, count)
+            peers[f"prefill_ms {name}"] = partial(peer.prefill_ms, prompt)
             if name == "float32" and plain.model.dtype == torch.float32:
                 result["largest_logit_difference"] = peer.difference(plain, prompt[:256])
     found: dict[str, list[float]] = {}
     for measure in (ours, peers):
-        for name, once in measure.items():
+        for once in measure.values():
             once()  # warm up: compilation, caches
     for _ in range(options.repeats):
         for measure in (ours, peers):
@@ -116,7 +117,9 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{who + name:26}{value:10.2f}{f'{low:.2f} .. {high:.2f}':>22}")
     for key in ("decode_times_peer", "prefill_times_peer"):
         if key in result:
-            lines.append(f"{key.replace('_', ' '):26}{result[key]:10.2f} (against its faster dtype)")
+            lines.append(
+                f"{key.replace('_', ' '):26}{result[key]:10.2f} (against its faster dtype)"
+            )
     for k, times in result.get("mtp_times_plain", {}).items():
         shares = " ".join(f"{x:.0%}" for x in result["acceptance"][k])
         lines.append(f"MTP k={k} times plain        {times:10.2f} (drafts accepted {shares})")
@@ -140,22 +143,22 @@ def _prompt(llm: LLM, count: int) -> list[int]:
     return ids[:count]
 
 
-def _decode(llm: LLM, count: int) -> float:
-    """Seconds to decode ``count`` tokens one after the other, greedily, over several prompts."""
+def _decode_ms(llm: LLM, count: int) -> float:
+    """Milliseconds per token, greedy, one request at a time, over several prompts."""
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
     seconds = []
     for text in HELD_OUT:
         started = time.perf_counter()
         llm.generate(text, params)
         seconds.append(time.perf_counter() - started)
-    return sum(seconds) / len(seconds)
+    return 1e3 * sum(seconds) / len(seconds) / count
 
 
-def _prefill(llm: LLM, prompt: list[int]) -> float:
-    """Seconds from a prompt to its first token."""
+def _prefill_ms(llm: LLM, prompt: list[int]) -> float:
+    """Milliseconds from a prompt to its first token."""
     started = time.perf_counter()
     llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
-    return time.perf_counter() - started
+    return 1e3 * (time.perf_counter() - started)
 
 
 class _Transformers:
@@ -170,10 +173,9 @@ class _Transformers:
             ) from error
         transformers.logging.set_verbosity_error()
         self.llm = llm
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            llm.model_path, dtype=getattr(torch, dtype)
-        )
-        self.model.to(llm.model.device).eval()
+        loader: Any = transformers.AutoModelForCausalLM
+        model = loader.from_pretrained(llm.model_path, dtype=getattr(torch, dtype))
+        self.model = model.to(llm.model.device).eval()
 
     def _generate(self, ids: list[int], count: int) -> float:
         rows = torch.tensor([ids], device=self.model.device)
@@ -185,18 +187,18 @@ class _Transformers:
             )  # fmt: skip
         return time.perf_counter() - started
 
-    def decode(self, count: int) -> float:
-        """Seconds per token: the prompt's own time is taken out."""
+    def decode_ms(self, count: int) -> float:
+        """Milliseconds per token: the prompt's own time is taken out."""
         assert self.llm.tokenizer is not None
         seconds = []
-        for text in HELD_OUT[:2]:
+        for text in HELD_OUT[:1]:
             ids = self.llm.tokenizer.encode(text)
             seconds.append((self._generate(ids, count + 1) - self._generate(ids, 1)) / count)
-        return sum(seconds) / len(seconds)
+        return 1e3 * sum(seconds) / len(seconds)
 
-    def prefill(self, prompt: list[int]) -> float:
-        """Seconds from a prompt to its first token."""
-        return self._generate(prompt, 1)
+    def prefill_ms(self, prompt: list[int]) -> float:
+        """Milliseconds from a prompt to its first token."""
+        return 1e3 * self._generate(prompt, 1)
 
     def difference(self, llm: LLM, prompt: list[int]) -> float:
         """Largest difference of any logit on a text."""

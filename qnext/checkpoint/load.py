@@ -6,9 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qnext.checkpoint.census import FLOATS, Layout, check_census, detect_layout
 from qnext.checkpoint.reader import SafetensorsFolder
@@ -116,6 +118,24 @@ def _dtypes(
     return main, other
 
 
+class _NoInit(TorchFunctionMode):
+    """Builds modules without their random start, which alone costs a second on the meta device."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.arange:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
 def empty_model(
     config: ModelConfig,
     dtype: torch.dtype,
@@ -123,7 +143,7 @@ def empty_model(
     device: torch.device,
 ) -> CausalLM:
     """A model with allocated, uninitialised parameters on ``device``."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         model = CausalLM(config)
     for name, old in list(model.named_parameters()):
         owner = model.get_submodule(name.rpartition(".")[0])

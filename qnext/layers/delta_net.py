@@ -51,27 +51,28 @@ class GatedDeltaNet(nn.Module):
         tokens = len(x)
         qkv, z = self.in_proj_qkv(x), self.in_proj_z(x)
         beta, g = self.gates(self.in_proj_b(x), self.in_proj_a(x))
-        cached = state is not None and batch.slots is not None
-        slots = self._slots(batch, x.device) if cached else None
-        conv_start = state.conv_state[slots] if cached else None
-        mixed, conv_end = causal_conv(qkv, self.conv1d.weight.squeeze(1), batch.cu_seqlens, conv_start)
+        slots = self._slots(batch, x.device)
+        cached = state is not None and slots is not None
+        window = state.conv_state[slots] if state is not None and cached else None
+        mixed, conv_end = causal_conv(qkv, self.conv1d.weight.squeeze(1), batch.cu_seqlens, window)
         q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
         q = l2_normalise(q.view(tokens, self.num_k_heads, -1)) * self.head_k_dim**-0.5
         k = l2_normalise(k.view(tokens, self.num_k_heads, -1))
         v = v.view(tokens, self.num_v_heads, -1)
-        start = state.recurrent_state[slots] if cached else None
-        args = (q, k, v, g, beta, batch.cu_seqlens, start)
-        if cached and batch.trace:
-            out, _, state.traced_states = recurrent_gated_delta_rule(*args, return_states=True)
+        start = state.recurrent_state[slots] if state is not None and cached else None
+        if state is None or not cached:
+            out, _ = chunk_gated_delta_rule(q, k, v, g, beta, batch.cu_seqlens)
+        elif batch.trace:
+            out, *_, state.traced_states = recurrent_gated_delta_rule(
+                q, k, v, g, beta, batch.cu_seqlens, start, return_states=True
+            )
             state.traced_inputs = qkv
         else:
-            rule = chunk_gated_delta_rule
-            if cached and batch.max_length <= RECURRENT_TOKENS:
-                rule = recurrent_gated_delta_rule
-            out, end = rule(*args)
-            if cached:
-                state.recurrent_state[slots] = end.to(state.recurrent_state.dtype)
-                state.conv_state[slots] = conv_end.to(state.conv_state.dtype)
+            short = batch.max_length <= RECURRENT_TOKENS
+            rule = recurrent_gated_delta_rule if short else chunk_gated_delta_rule
+            out, end, *_ = rule(q, k, v, g, beta, batch.cu_seqlens, start)
+            state.recurrent_state[slots] = end.to(state.recurrent_state.dtype)
+            state.conv_state[slots] = conv_end.to(state.conv_state.dtype)
         out = self.norm(out, z.view(tokens, self.num_v_heads, -1))
         return self.out_proj(out.reshape(tokens, -1))
 
@@ -82,9 +83,10 @@ class GatedDeltaNet(nn.Module):
         return b.sigmoid().to(wide), decay * F.softplus(a.to(wide) + self.dt_bias.to(wide))
 
     @staticmethod
-    def _slots(batch: PackedBatch, device: torch.device) -> Tensor | slice:
+    def _slots(batch: PackedBatch, device: torch.device) -> Tensor | slice | None:
         """Index of the batch's slots; one slot is a slice, so that nothing is copied."""
-        assert batch.slots is not None
+        if batch.slots is None:
+            return None
         if len(batch.slots) == 1:
             return slice(batch.slots[0], batch.slots[0] + 1)
         return torch.tensor(batch.slots, device=device)

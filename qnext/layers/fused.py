@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qnext.kernels import small_batch
 from qnext.layers.decoder import DecoderLayer
@@ -78,13 +78,16 @@ class FusedModel:
         self, embedded: Tensor, hidden: Tensor, batch: PackedBatch, state: ModelState
     ) -> Tensor:
         """The MTP module: embeddings of the next tokens and hidden states -> (T, hidden)."""
-        assert self._mtp is not None and state.mtp is not None
+        assert self._mtp is not None
+        assert state.mtp is not None
         embed_norm, hidden_norm, fc = self._mix
         eps = self._mtp_norm[1]
         both = np.empty((len(hidden), fc.shape[0]), np.float32)
         width = hidden.shape[1]
         self._loops.rms_norm(embedded.numpy(), embed_norm, eps, both[:, :width])
-        self._loops.rms_norm(np.ascontiguousarray(hidden.numpy()), hidden_norm, eps, both[:, width:])
+        self._loops.rms_norm(
+            np.ascontiguousarray(hidden.numpy()), hidden_norm, eps, both[:, width:]
+        )
         rows = np.empty((len(hidden), width), np.float32)
         self._loops.linear(both, fc, rows)
         self._mtp(rows, self._step(batch), state.mtp)
@@ -124,16 +127,17 @@ class FusedStep:
 class FusedLayer:
     """One decoder layer's weights as arrays, and the two calls that run it."""
 
-    def __init__(self, layer: DecoderLayer) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         from qnext.kernels.small_batch import loops
 
+        assert isinstance(layer, DecoderLayer)
         self._loops = loops
         self._eps = layer.input_layernorm.eps
         self._mixer_norm = _norm(layer.input_layernorm)
         if layer.kind == "linear_attention":
             m = layer.linear_attn
             names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-            self._mixer = (
+            self._mixer: tuple[Any, ...] = (
                 _matrix(torch.cat([getattr(m, name).weight for name in names])),
                 np.ascontiguousarray(_array(m.conv1d.weight.squeeze(1)).T),
                 -np.exp(_array(m.A_log)),
@@ -221,4 +225,3 @@ def _matrix(weight: Tensor) -> Any:
 def _norm(norm: RMSNorm) -> Any:
     weight = _array(norm.weight)
     return weight + np.float32(1) if norm.zero_centred else weight
-

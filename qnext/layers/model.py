@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +184,7 @@ class CausalLM(nn.Module):
                 states are always fp32 (spec section 11.6).
         """
         c, dtype = self.config, dtype or self.dtype
-        place = {"dtype": dtype, "device": self.device}
+        place: dict[str, Any] = {"dtype": dtype, "device": self.device}
 
         def kv() -> KVCache:
             shape = (num_slots, capacity, c.num_key_value_heads, c.head_dim)

@@ -74,7 +74,8 @@ class DeltaState:
     def commit(self, batch: PackedBatch, accepted: Sequence[int]) -> None:
         """Keep the state as it was after the first ``accepted[n]`` tokens of each sequence."""
         assert batch.slots is not None
-        assert self.traced_states is not None and self.traced_inputs is not None
+        assert self.traced_states is not None
+        assert self.traced_inputs is not None
         start = 0
         for n, slot in enumerate(batch.slots):
             keep = accepted[n]

@@ -30,7 +30,7 @@ def causal_conv(
         (before convolution), which continue the sequences later.
     """
     if use_triton(x):
-        from qnext.kernels.causal_conv import triton
+        from qnext.kernels.causal_conv.triton import causal_conv as on_gpu
 
-        return triton.causal_conv(x, weight, cu_seqlens, initial)
+        return on_gpu(x, weight, cu_seqlens, initial)
     return reference.causal_conv(x, weight, cu_seqlens, initial)

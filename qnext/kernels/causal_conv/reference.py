@@ -40,7 +40,8 @@ def causal_conv(
 
 def _taps(window: Tensor, weight: Tensor, count: int) -> Tensor:
     """Sum over taps j of weight[:, j] * window[i + j], for the first ``count`` rows i."""
-    y = window[:count] * weight[:, 0]
-    for j in range(1, weight.shape[1]):
-        y = torch.addcmul(y, window[j : j + count], weight[:, j])
+    taps = weight.t().contiguous()
+    y = window[:count] * taps[0]
+    for j in range(1, len(taps)):
+        y = torch.addcmul(y, window[j : j + count], taps[j])
     return y

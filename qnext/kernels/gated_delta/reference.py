@@ -6,6 +6,7 @@ Both work in fp32, or in fp64 when asked with fp64 inputs (the tests compare the
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
@@ -64,47 +65,47 @@ def chunk_gated_delta_rule(
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lengths = cu_seqlens.diff().tolist()
-    heads, ratio = v.shape[1], v.shape[1] // q.shape[1]
+    heads, groups = v.shape[1], q.shape[1]
     state = _start(initial_state, (len(lengths), heads, q.shape[2], v.shape[2]), dtype, q)
     if len(q) == 0:
         return v.new_empty(v.shape), state
 
+    # Axes: chunk, key head, value head of that key head, token, channel.
     layout = _Chunks(lengths, q.device)
-    qc, kc, vc = (layout.split(x.to(dtype)) for x in (q, k, v))  # (M, H, 64, d)
-    if ratio > 1:
-        qc, kc = qc.repeat_interleave(ratio, 1), kc.repeat_interleave(ratio, 1)
-    gc = layout.split(g.to(dtype).unsqueeze(2)).squeeze(3).cumsum(2)  # (M, Hv, 64), G of the spec
-    bc = layout.split(beta.to(dtype).unsqueeze(2))  # (M, Hv, 64, 1)
+    qc, kc = (layout.split(x.to(dtype)).unsqueeze(2) for x in (q, k))
+    vc, gc, bc = (
+        layout.split(x.to(dtype)).unflatten(1, (groups, heads // groups))
+        for x in (v, g.unsqueeze(2), beta.unsqueeze(2))
+    )
+    gc = gc.squeeze(4).cumsum(3)  # G of the spec
 
     causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
-    gap = (gc.unsqueeze(3) - gc.unsqueeze(2)).masked_fill(~causal, float("-inf"))
+    gap = (gc.unsqueeze(4) - gc.unsqueeze(3)).masked_fill(~causal, float("-inf"))
     decay = gap.exp()  # masked before the exponential: the upper part could overflow
-    k_beta = kc * bc
+    grown = gc.exp().unsqueeze(4)
     eye = torch.eye(CHUNK, dtype=dtype, device=q.device)
-    lower = ((k_beta @ kc.transpose(2, 3)) * decay).tril(-1) + eye
-    grown = gc.exp().unsqueeze(3)
-    uw = torch.linalg.solve_triangular(
-        lower, torch.cat([vc * bc, k_beta * grown], 3), upper=False, unitriangular=True
-    )
-    u, w = uw.split([v.shape[2], q.shape[2]], 3)
-    within = (qc @ kc.transpose(2, 3)) * decay
+    lower = ((kc @ kc.transpose(3, 4)) * decay * bc).tril(-1) + eye
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
+    u = inverse @ (vc * bc)
+    w = inverse @ (kc * (bc * grown))
+    within = (qc @ kc.transpose(3, 4)) * decay
     q_grown = qc * grown
-    k_left = kc * (gc[:, :, -1:] - gc).exp().unsqueeze(3)
-    last = gc[:, :, -1].exp()[..., None, None]
+    k_left = (kc * (gc[..., -1:] - gc).exp().unsqueeze(4)).transpose(3, 4)
+    last = gc[..., -1].exp()[..., None, None]
 
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
-    running = state[layout.order]
+    running = state[layout.order].unflatten(1, (groups, heads // groups))
     for count, rows in layout.steps:
         # The first ``count`` sequences (longest first) still have a chunk at this step.
         finals.insert(0, running[count:])
         running = running[:count]
         fresh = u[rows] - w[rows] @ running
         outputs.append(q_grown[rows] @ running + within[rows] @ fresh)
-        running = running * last[rows] + k_left[rows].transpose(2, 3) @ fresh
+        running = running * last[rows] + k_left[rows] @ fresh
     finals.insert(0, running)
-    final = torch.cat(finals)[layout.inverse]
-    out = layout.join(torch.cat(outputs))
+    final = torch.cat(finals).flatten(1, 2)[layout.inverse]
+    out = layout.join(torch.cat(outputs).flatten(1, 2))
     return out.to(v.dtype), final
 
 
@@ -112,6 +113,7 @@ class _Chunks:
     """Where the chunks of ragged sequences lie: step-major, longest sequence first."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.single = len(lengths) == 1  # then chunks lie as tokens do: no gathers
         counts = [-(-n // CHUNK) for n in lengths]
         order = sorted(range(len(lengths)), key=lambda n: -counts[n])
         starts = [0]
@@ -139,12 +141,17 @@ class _Chunks:
 
     def split(self, x: Tensor) -> Tensor:
         """(T, H, d) -> (M, H, 64, d), zero past the end of each sequence."""
+        if self.single:
+            whole = F.pad(x, (0, 0, 0, 0, 0, -len(x) % CHUNK))
+            return whole.unflatten(0, (-1, CHUNK)).transpose(1, 2)
         padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
         return padded[self.index].transpose(1, 2)
 
     def join(self, x: Tensor) -> Tensor:
         """(M, H, 64, d) -> (T, H, d)."""
         flat = x.transpose(1, 2).flatten(0, 1)
+        if self.single:
+            return flat[: self.total]
         out = x.new_empty(self.total + 1, *flat.shape[1:])
         return out.index_copy(0, self.index.flatten(), flat)[: self.total]
 

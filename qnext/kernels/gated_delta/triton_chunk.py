@@ -248,14 +248,19 @@ def warps(dtype: torch.dtype) -> int:
 
 
 def state_config(
-    sequences: int, heads: int, dk: int, dv: int, dtype: torch.dtype
+    sequences: int,
+    heads: int,
+    dk: int,
+    dv: int,
+    dtype: torch.dtype,
+    configs: dict[str, tuple[int, int, int]] = STATE_CONFIGS,
 ) -> tuple[int, int, int]:
     """(value columns per program, warps, stages) of the serial kernels."""
     if dtype == torch.float32:
         return 16, warps(dtype), 1
-    width = min(STATE_CONFIGS["few"][0], dv)
+    width = min(configs["few"][0], dv)
     name = "many" if sequences * heads * (dv // width) >= MANY_FROM else "few"
-    width, count, stages = STATE_CONFIGS[name]
+    width, count, stages = configs[name]
     if dk > 128:
         count, stages = 8, 2
     return min(width, dv), count, stages

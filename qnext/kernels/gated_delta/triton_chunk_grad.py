@@ -24,6 +24,8 @@ from qnext.kernels.gated_delta.triton_chunk import CHUNK, precision
 
 #: (key columns, value columns, warps, stages) of the parallel gradient kernel.
 INPUT_CONFIG = (32, 64, 4, 2)
+#: As in ``triton_chunk``; narrower tiles spill here.
+STATE_CONFIGS = {"few": (64, 4, 2), "many": (64, 4, 2)}
 
 
 @triton.jit
@@ -259,8 +261,9 @@ def gradients(
 
     d_x, d_states = torch.empty_like(values), torch.empty_like(states)
     d_initial = torch.empty_like(d_final)
-    width, warps, stages = triton_chunk.state_config(sequences, heads, dk, dv, k.dtype)
-    stages = min(stages, 2)
+    width, warps, stages = triton_chunk.state_config(
+        sequences, heads, dk, dv, k.dtype, STATE_CONFIGS
+    )
     _state_grads[(sequences * heads * (dv // width),)](
         q, k, made.gates, made.M, made.P, d_o, d_final, d_x, d_states, d_initial, cu_seqlens,
         made.chunk_first, q.stride(0), k.stride(0), RATIO=heads // key_heads, HV=heads, DK=dk,

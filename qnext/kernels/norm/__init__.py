@@ -27,9 +27,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         (..., D) in the dtype of ``x``; the interior is fp32.
     """
     if use_triton(x):
-        from qnext.kernels.norm import triton
+        from qnext.kernels.norm.triton import rms_norm as on_gpu
 
-        return triton.rms_norm(x, weight, eps)
+        return on_gpu(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
@@ -46,7 +46,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
         (..., D) in the dtype of ``x``; the norm and the SiLU are fp32.
     """
     if use_triton(x):
-        from qnext.kernels.norm import triton
+        from qnext.kernels.norm.triton import gated_rms_norm as on_gpu
 
-        return triton.gated_rms_norm(x, z, weight, eps)
+        return on_gpu(x, z, weight, eps)
     return reference.gated_rms_norm(x, z, weight, eps)

@@ -34,7 +34,9 @@ def _float(typing_context: Any, bits: Any) -> Any:
         del context
         (value,) = args
         if signature.args[0] == types.uint16:
-            value = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            value = builder.shl(
+                builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)
+            )
         if signature.args[0] != types.float32:
             value = builder.bitcast(value, ir.FloatType())
         return value
@@ -91,7 +93,10 @@ def add_linear(x: Array, w: Array, out: Array) -> None:
             row, x0, x1, x2, x3 = out[t], x[t, i], x[t, i + 1], x[t, i + 2], x[t, i + 3]
             for c in range(len(row)):
                 row[c] += (
-                    x0 * _float(w0[c]) + x1 * _float(w1[c]) + x2 * _float(w2[c]) + x3 * _float(w3[c])
+                    x0 * _float(w0[c])
+                    + x1 * _float(w1[c])
+                    + x2 * _float(w2[c])
+                    + x3 * _float(w3[c])
                 )
     for i in range(whole, w.shape[0]):
         w0 = w[i]
@@ -144,8 +149,9 @@ def delta_net(
 ) -> None:
     """h += GatedDeltaNet(norm(h)), spec section 4.
 
-    ``in_proj`` makes q|k|v, z, b, a in one product; ``conv`` is (K, C), ``decay`` is -exp(A_log). With a non-empty ``traced`` (T, Hv, dk, dv) the slots stay as they
-    are and the state after every token goes there; ``qkv`` (T, C) gets the convolution's inputs.
+    ``in_proj`` makes q|k|v, z, b, a in one product; ``conv`` is (K, C), ``decay`` is
+    -exp(A_log). With a non-empty ``traced`` (T, Hv, dk, dv) the slots stay as they are and the
+    state after every token goes there; ``qkv`` (T, C) gets the convolution's inputs.
     """
     tokens, taps = h.shape[0], conv.shape[0]
     heads, channels = len(dt_bias), conv.shape[1]
@@ -247,9 +253,10 @@ def attention(
     keys: Array,
     values: Array,
 ) -> None:
-    """h += GatedAttention(norm(h)), spec section 3; ``in_proj`` makes q (with gates), k, v; new keys and values go to their slots.
+    """h += GatedAttention(norm(h)), spec section 3.
 
-    ``keys`` and ``values`` are (slots, capacity, Hkv, D); ``pasts`` tokens are cached already.
+    ``in_proj`` makes q (with gates), k, v; new keys and values go to their slots. ``keys`` and
+    ``values`` are (slots, capacity, Hkv, D); ``pasts`` tokens are cached already.
     """
     tokens = h.shape[0]
     kv_heads, dim = keys.shape[2], keys.shape[3]
