@@ -36,6 +36,8 @@ $(VENV)/.venv:
 $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) -e '.[cpu]'
+	# Compiles the loops for decoding, once per machine (about 12 s).
+	$(BIN)/qnext generate --max-tokens 4 > /dev/null
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo

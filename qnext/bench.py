@@ -184,6 +184,7 @@ class _Transformers:
             self.model.generate(
                 rows, attention_mask=torch.ones_like(rows), max_new_tokens=count,
                 min_new_tokens=count, do_sample=False, temperature=None, top_p=None, top_k=None,
+                repetition_penalty=1.0,
             )  # fmt: skip
         return time.perf_counter() - started
 
