@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton")
-
 from qnext.kernels.causal_conv import triton as conv
 
 

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("triton")
-
 from qnext.kernels.gated_delta import triton_chunk, triton_recurrent
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}

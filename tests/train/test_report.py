@@ -51,7 +51,6 @@ def test_flops_are_six_per_active_weight_and_the_mixers() -> None:
 
 
 def test_plots_are_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     rows = [
         {"step": s, "loss": 3 / s, "mtp_loss": 4 / s, "grad_norm": 1.0, "expert_load": [[1, 1.5]]}
         for s in (1, 2)
