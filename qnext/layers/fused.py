@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qnext.kernels import small_batch
+from qnext.kernels.select import usable
 from qnext.layers.decoder import DecoderLayer
 from qnext.layers.model import CausalLM
 from qnext.layers.moe import SparseMoe
@@ -32,7 +33,7 @@ def fuse(model: CausalLM) -> bool:
     Returns:
         Whether it was given.
     """
-    if not small_batch.available() or model.device.type != "cpu" or model.dtype != torch.float32:
+    if not usable("numba") or model.device.type != "cpu" or model.dtype != torch.float32:
         return False
     model.fused = FusedModel(model)
     return True

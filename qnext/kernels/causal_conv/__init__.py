@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qnext.kernels.causal_conv import reference
-from qnext.kernels.select import use_triton
+from qnext.kernels.select import use_loops, use_triton
 
 __all__ = ["causal_conv"]
 
@@ -33,4 +33,8 @@ def causal_conv(
         from qnext.kernels.causal_conv.triton import causal_conv as on_gpu
 
         return on_gpu(x, weight, cu_seqlens, initial)
+    if use_loops(x, weight):
+        from qnext.kernels.causal_conv.loops import causal_conv as in_loops
+
+        return in_loops(x, weight, cu_seqlens, initial)
     return reference.causal_conv(x, weight, cu_seqlens, initial)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qnext.errors import KernelError
 from qnext.kernels.gated_delta import reference
-from qnext.kernels.select import use_triton
+from qnext.kernels.select import use_loops, use_triton
 
 __all__ = ["chunk_gated_delta_rule", "recurrent_gated_delta_rule"]
 
@@ -50,6 +50,10 @@ def chunk_gated_delta_rule(
         from qnext.kernels.gated_delta import triton_chunk
 
         return triton_chunk.chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens, initial_state)
+    if use_loops(q, v, g, beta):
+        from qnext.kernels.gated_delta import loops
+
+        return loops.chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens, initial_state)
     return reference.chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens, initial_state)
 
 

@@ -6,16 +6,7 @@ The reference is the layer itself in torch; ``loops`` has the same arithmetic in
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
-__all__ = ["MAX_ROWS", "available"]
+__all__ = ["MAX_ROWS"]
 
 # Beyond this many rows torch's matrix products win over the loops.
 MAX_ROWS = 8
-
-
-@cache
-def available() -> bool:
-    """Whether numba is installed."""
-    return find_spec("numba") is not None
