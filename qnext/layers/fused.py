@@ -35,6 +35,8 @@ def fuse(model: CausalLM) -> bool:
     """
     if not usable("numba") or model.device.type != "cpu" or model.dtype != torch.float32:
         return False
+    if model.config.attention_bias:  # no published model of these families has biases
+        return False
     model.fused = FusedModel(model)
     return True
 

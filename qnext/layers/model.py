@@ -96,9 +96,10 @@ class CausalLM(nn.Module):
             (T, hidden) after the final norm.
         """
         h = self.model.embed_tokens(input_ids)
-        if self.fused is not None and collect is None and self.fused.fits(len(h), state, batch):
+        fused = self.fused if collect is None and aux is None else None
+        if fused is not None and fused.fits(len(h), state, batch):
             assert state is not None
-            return self.fused.run(h, batch, state)
+            return fused.run(h, batch, state)
         rotary = self.rotary(batch.positions, h.dtype)
         for i, layer in enumerate(self.model.layers):
             if collect is not None:

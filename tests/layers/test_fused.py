@@ -92,6 +92,10 @@ def test_the_loops_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 5  # all but the prefill of 29 rows
 
 
+def test_not_for_biases() -> None:
+    assert not fuse(_model({"attention_bias": True}, rounded=True))
+
+
 def test_not_for_bfloat16_or_gradients() -> None:
     model = _model({}, rounded=True)
     assert not fuse(model.bfloat16())
