@@ -21,9 +21,8 @@ from qnext.engine.llm import LLM
 from qnext.engine.sampling_params import SamplingParams
 from qnext.errors import ConfigError
 
-PROMPT = "The State of the Union is a speech that the President of the United States gives to"
-HELD_OUT = (
-    PROMPT,
+PROMPTS = (
+    "The State of the Union is a speech that the President of the United States gives to",
     "The database server keeps its data in a directory that",
     "To install the package on a new machine, first",
     "The file system is mounted read-only when",
@@ -138,7 +137,7 @@ def _prompt(llm: LLM, count: int) -> list[int]:
         raise ConfigError("this model has no tokenizer to measure with")
     ids: list[int] = []
     while len(ids) < count:
-        for text in HELD_OUT:
+        for text in PROMPTS:
             ids += llm.tokenizer.encode(text + "\n")
     return ids[:count]
 
@@ -147,7 +146,7 @@ def _decode_ms(llm: LLM, count: int) -> float:
     """Milliseconds per token, greedy, one request at a time, over several prompts."""
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
     seconds = []
-    for text in HELD_OUT:
+    for text in PROMPTS:
         started = time.perf_counter()
         llm.generate(text, params)
         seconds.append(time.perf_counter() - started)
@@ -191,11 +190,8 @@ class _Transformers:
     def decode_ms(self, count: int) -> float:
         """Milliseconds per token: the prompt's own time is taken out."""
         assert self.llm.tokenizer is not None
-        seconds = []
-        for text in HELD_OUT[:1]:
-            ids = self.llm.tokenizer.encode(text)
-            seconds.append((self._generate(ids, count + 1) - self._generate(ids, 1)) / count)
-        return 1e3 * sum(seconds) / len(seconds)
+        ids = self.llm.tokenizer.encode(PROMPTS[0])
+        return 1e3 * (self._generate(ids, count + 1) - self._generate(ids, 1)) / count
 
     def prefill_ms(self, prompt: list[int]) -> float:
         """Milliseconds from a prompt to its first token."""

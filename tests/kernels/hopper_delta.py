@@ -6,42 +6,13 @@ Run as a script with ``TRITON_INTERPRET`` unset; launches become compilations.
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
+from hopper import Hopper, resources
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-
-class Hopper:
-    """The few answers that compiling asks of a driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and stack frame (spills) in the assembler's report."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return {
-        "registers": int(re.search(r"REG:(\d+)", text.stdout)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", text.stdout)[1]),
-    }
 
 
 def compile_instead_of_launching() -> None:

@@ -8,7 +8,7 @@ import numba
 import torch
 from torch import Tensor
 
-from qnext.kernels.small_batch.loops import MATHS, _sigmoid
+from qnext.kernels.small_batch.loops import MATHS, sigmoid
 
 Array = Any
 
@@ -29,7 +29,7 @@ def _rows(x: Array, taps: Array, bounds: Array, window: Array, out: Array) -> No
                 for c in range(len(o)):
                     o[c] += tap[c] * old[c]
             for c in range(len(o)):
-                o[c] *= _sigmoid(o[c])
+                o[c] *= sigmoid(o[c])
         # The last K - 1 of (window, inputs), oldest first: a row is read before it is written.
         count = bounds[n + 1] - begin
         for j in range(width):

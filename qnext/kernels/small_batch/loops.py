@@ -64,7 +64,8 @@ def _exp(x: float) -> float:
 
 
 @_compiled
-def _sigmoid(x: float) -> float:
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^-x)."""
     return np.float32(1) / (np.float32(1) + _exp(-x))
 
 
@@ -185,7 +186,7 @@ def delta_net(
             past[: taps - 2] = past[1:].copy()
             past[taps - 2] = fresh
             for c in range(channels):
-                mixed[c] *= _sigmoid(mixed[c])
+                mixed[c] *= sigmoid(mixed[c])
             # L2 norm of every q and k head; q also carries 1 / sqrt(dk).
             for head in range(2 * key_heads):
                 square = np.float32(0)
@@ -204,7 +205,7 @@ def delta_net(
                 step = u[t, a_at + head] + dt_bias[head]
                 soft = step if step > 20 else np.float32(math.log1p(math.exp(step)))
                 gate = np.float32(math.exp(decay[head] * soft))
-                beta = _sigmoid(u[t, b_at + head])
+                beta = sigmoid(u[t, b_at + head])
                 for j in range(dv):
                     ahead[j] = 0
                 for i in range(dk):
@@ -228,7 +229,7 @@ def delta_net(
                 scale = np.float32(1.0 / math.sqrt(square / dv + eps))
                 z = u[t, z_at + head * dv :]
                 for j in range(dv):
-                    out[j] *= scale * out_norm[j] * z[j] * _sigmoid(z[j])
+                    out[j] *= scale * out_norm[j] * z[j] * sigmoid(z[j])
             state = after
         if not trace:
             conv_state[slot] = past.T
@@ -310,7 +311,7 @@ def attention(
             if gated:
                 for head in range(heads):
                     for i in range(dim):
-                        y[t, head * dim + i] *= _sigmoid(q[t, head * per_head + dim + i])
+                        y[t, head * dim + i] *= sigmoid(q[t, head * per_head + dim + i])
     add_linear(y, o_proj, h)
 
 
@@ -378,7 +379,7 @@ def moe(
             linear(x[t : t + 1], gate_up[expert], both)
             gate, up, mixed = both[0], both[0, inner:], act[0]
             for i in range(inner):
-                mixed[i] = gate[i] * _sigmoid(gate[i]) * up[i] * weight
+                mixed[i] = gate[i] * sigmoid(gate[i]) * up[i] * weight
             add_linear(act, down[expert], h[t : t + 1])
     if len(shared_scale):
         mlp_rows(x, shared_gate, shared_up, shared_down, shared_scale, h)
@@ -400,10 +401,10 @@ def mlp_rows(
             total = np.float32(0)
             for i in range(x.shape[1]):
                 total += x[t, i] * _float(scale_proj[i, 0])
-            scale = _sigmoid(total)
+            scale = sigmoid(total)
         g, u = gate[t], up[t]
         for i in range(inner):
-            g[i] *= _sigmoid(g[i]) * u[i] * scale
+            g[i] *= sigmoid(g[i]) * u[i] * scale
     add_linear(gate, down_proj, h)
 
 
