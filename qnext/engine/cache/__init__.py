@@ -1,0 +1,12 @@
+"""The cache: KV blocks and DeltaNet states behind one door, CacheManager (manager.py).
+
+entries.py has the words, blocks.py and states.py count, index.py knows which prefixes are there,
+policy.py which states are worth saving, check.py what must always hold.
+"""
+
+from qnext.engine.cache.entries import SwappedState
+from qnext.engine.cache.manager import CacheManager
+from qnext.engine.cache.stats import CacheStats
+from qnext.engine.cache.tensors import CacheTensors, Tensors
+
+__all__ = ["CacheManager", "CacheStats", "CacheTensors", "SwappedState", "Tensors"]
