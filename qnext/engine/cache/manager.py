@@ -480,6 +480,7 @@ class CacheManager:
             return False
         lease, blocks = swapped.lease, self.blocks
         lease.seq_id, lease.boundary = seq_id, 0
+        lease.registered = 0  # what was evicted meanwhile is entered again
         there = [
             node is not None and self.index.alive(node) and node.block == block
             for node, block in zip(swapped.nodes, swapped.table, strict=True)

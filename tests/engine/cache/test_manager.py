@@ -243,6 +243,7 @@ def test_swap_in_reuses_what_is_still_there_and_changes_nothing_when_it_fails():
     w.discard(other)
     assert w.cache.swap_in(seq, swapped)
     w.look(seq)
+    assert w.decode(seq, 1)
     table = list(w.cache.block_table(seq))
     swapped = w.cache.swap_out(seq)
     w.tensors.rows[table[-1]] = [("overwritten",)] * 4  # known blocks are not copied, others are
