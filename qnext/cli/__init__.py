@@ -60,11 +60,11 @@ for verb in (
     checkpoints.pull,
     checkpoints.convert,
     training.train,
-    training.data,
     bench.bench,
     machine.doctor,
 ):
     app.command()(verb)
+app.add_typer(training.data)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``qnext train`` and ``qnext data``: from a recipe to a model, from sources to token shards."""
+"""``qnext train`` and ``qnext data``: from a recipe to a model, from texts to token shards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+data = typer.Typer(name="data", help="Token shards: from your files, or a corpus from packages.")
 
 
 def train(
@@ -22,7 +24,23 @@ def train(
     typer.echo(str(run(recipe, overrides or [])))
 
 
-def data(
+@data.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="TOML file that lists the sources.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as on_bad_record=skip")
+    ] = None,
+) -> None:
+    """Tokenise jsonl, parquet and text files or hub data sets into token shards, once."""
+    from qnext.train.prepare import prepare_shards
+
+    _tell_progress()
+    for folder in prepare_shards(recipe, overrides or []):
+        typer.echo(str(folder))
+
+
+@data.command()
+def corpus(
     sources: Annotated[Path, typer.Argument(help="TOML file that lists the sources.")],
     out: Annotated[Path, typer.Argument(help="Folder for text, tokenizer and shards.")],
     work: Annotated[Path | None, typer.Option(help="Folder for downloads: OUT/work.")] = None,
@@ -31,11 +49,11 @@ def data(
     jobs: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
     heldout_bytes: Annotated[int, typer.Option(help="Size of the held-out split.")] = 1_000_000,
 ) -> None:
-    """Fetch and clean text, train a tokenizer on it, and write token shards."""
-    from qnext.train.corpus import prepare
+    """Fetch and clean text of public packages, train a tokenizer on it, write token shards."""
+    from qnext.train.corpus import prepare as build
 
     _tell_progress()
-    shards = prepare(
+    shards = build(
         sources,
         out,
         work,

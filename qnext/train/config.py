@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qnext.errors import ConfigError
+from qnext.train.recipe import read_recipe, write_recipe
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DataConfig(_Section):
-    """Token shards as ``qnext.train.tokenizer.tokenize_shards`` writes them."""
+class SourceConfig(_Section):
+    """One part of a mixture."""
 
     shards: str
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the tokens, on any scale."""
+
+
+class DataConfig(_Section):
+    """Token shards as ``qnext data`` writes them: one folder, or a mixture of several."""
+
+    shards: str | None = None
     """Folder with ``train.bin``, ``train.offsets.npy``, ``heldout.*`` and ``manifest.json``."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Instead of ``shards``: several such folders and their weights."""
     tokenizer: str
     """Folder whose tokenizer files are copied to the export."""
     seq_len: int = Field(default=1024, gt=0)
-    """Tokens of the longest sequence; longer documents are cut."""
+    """Tokens of the longest sequence."""
+    long_documents: Literal["cut", "refuse"] = "cut"
+    """What happens to a document of more than ``seq_len`` tokens: cut into even pieces, or the
+    run is refused."""
     batch_tokens: int = Field(gt=0)
     """Tokens of one optimizer step."""
     micro_batches: int = Field(default=1, gt=0)
-    """Pieces that a step is computed in."""
+    """Pieces that a step is computed in; data-parallel ranks share them out."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataConfig:
+        if bool(self.sources) == bool(self.shards):
+            raise ValueError("give either shards or sources")
+        return self
+
+    @property
+    def mixture(self) -> tuple[SourceConfig, ...]:
+        """All parts, also where there is only one."""
+        return self.sources or (SourceConfig(shards=str(self.shards)),)
 
 
 class OptimizerConfig(_Section):
@@ -87,72 +108,14 @@ class TrainConfig(_Section):
 
 
 def load_recipe(path: Path, overrides: list[str]) -> TrainConfig:
-    """Read a recipe and apply ``section.key=value`` overrides.
+    """Read a training recipe and apply ``section.key=value`` overrides.
 
     Raises:
         ConfigError: no such file, not TOML, an unknown or missing key, a bad value.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"recipe {path} does not exist") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not TOML: {error}") from error
-    for item in overrides:
-        _override(data, item)
-    try:
-        return TrainConfig(**data)
-    except ValidationError as error:
-        raise ConfigError(f"recipe {path}: {_explain(error)}") from error
+    return read_recipe(TrainConfig, path, overrides)
 
 
 def dump_recipe(config: TrainConfig) -> str:
     """The resolved recipe as TOML; reading it gives the same config."""
-    data = config.model_dump()
-    lines = [f"{k} = {_toml(v)}" for k, v in data.items() if not isinstance(v, dict)]
-    for name, table in data.items():
-        if isinstance(table, dict):
-            lines += ["", f"[{name}]"]
-            lines += [f"{k} = {_toml(v)}" for k, v in table.items() if v is not None]
-    return "\n".join(lines) + "\n"
-
-
-def _override(data: dict[str, Any], item: str) -> None:
-    path, equals, text = item.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override {item!r} is not of the form key.sub=value")
-    try:
-        value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    for key in keys[:-1]:
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"override {item!r}: {key} is not a section")
-    data[keys[-1]] = value
-
-
-def _explain(error: ValidationError) -> str:
-    known: dict[tuple[int | str, ...], type[BaseModel]] = {
-        (): TrainConfig, ("data",): DataConfig, ("optimizer",): OptimizerConfig,
-        ("loss",): LossConfig,
-    }  # fmt: skip
-    parts = []
-    for item in error.errors():
-        name = ".".join(map(str, item["loc"]))
-        if item["type"] == "extra_forbidden":
-            owner = known.get(tuple(item["loc"][:-1]), TrainConfig)
-            near = difflib.get_close_matches(str(item["loc"][-1]), owner.model_fields, 1)
-            parts.append(f"unknown key {name}" + (f" (did you mean {near[0]}?)" if near else ""))
-        elif item["type"] == "missing":
-            parts.append(f"{name} is missing")
-        else:
-            parts.append(f"{name} = {item['input']!r}: {item['msg']}")
-    return "; ".join(parts)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }"
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+    return write_recipe(config)

@@ -1,8 +1,9 @@
 """Packed batches from token shards: deterministic, resumable, nothing lost, nothing mixed.
 
-Documents are cut evenly into sequences of at most ``seq_len`` tokens; all sequences are shuffled
-by (seed, epoch) and laid one after the other until a batch has exactly its tokens. Every
-sequence starts at position zero with empty state, so a packed document sees only itself.
+Documents are cut evenly into sequences of at most ``seq_len`` tokens; the sequences of a source are
+shuffled by (seed, epoch) and laid one after the other until a batch has exactly its tokens. Every
+sequence starts at position zero with empty state, so a packed document sees only itself. Of several
+sources the one that is furthest behind its share of the tokens gives the next sequence.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ IGNORE_INDEX = -100
 
 
 class TokenShards:
-    """One split: flat uint16 tokens in a memory map, and where documents start.
+    """One split: flat tokens (uint16 or uint32) in a memory map, and where documents start.
 
     Raises:
         TrainingError: files missing or not matching each other.
@@ -40,11 +41,21 @@ class TokenShards:
                 raise TrainingError(
                     f"{file} does not exist", hint="run the data preparation of the recipe first"
                 )
-        self.tokens = np.memmap(flat, dtype=np.uint16, mode="r")
-        self.offsets = np.load(offsets, allow_pickle=False)
+        self.folder, self.split = folder, split
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        kind = manifest.get("dtype", "uint16")
+        if kind not in ("uint16", "uint32") or split not in manifest:
+            raise TrainingError(
+                f"{folder / 'manifest.json'} has dtype {kind!r} and splits "
+                f"{', '.join(k for k, v in manifest.items() if isinstance(v, dict)) or 'none'}",
+                hint=f"wanted are uint16 or uint32, and a split {split}",
+            )
+        dtype = f"<u{np.dtype(kind).itemsize}"
+        empty = not flat.stat().st_size  # which cannot be mapped
+        self.tokens = np.zeros(0, dtype) if empty else np.memmap(flat, dtype=dtype, mode="r")
+        self.offsets = np.load(offsets, allow_pickle=False)
         self.num_bytes = int(manifest[split]["bytes"])
-        if len(self.offsets) < 2 or self.offsets[-1] != len(self.tokens):
+        if not len(self.offsets) or self.offsets[-1] != len(self.tokens):
             raise TrainingError(
                 f"{offsets} ends at {self.offsets[-1] if len(self.offsets) else 'nothing'}, but "
                 f"{flat} holds {len(self.tokens)} tokens"
@@ -119,49 +130,106 @@ def make_batch(sequences: list[np.ndarray], depth: int) -> TrainBatch:
     return TrainBatch(flat, labels, packed, valid)
 
 
-class PackedLoader:
-    """An endless, resumable stream of :class:`TrainBatch`.
+class _Stream:
+    """The endless, shuffled sequences of one source."""
 
-    ``state_dict`` describes the position before the next batch.
-    """
-
-    def __init__(
-        self, shards: TokenShards, tokens: int, seq_len: int, depth: int, seed: int
-    ) -> None:
-        self.shards, self.tokens, self.seq_len = shards, tokens, seq_len
-        self.depth, self.seed = depth, seed
-        self.epoch, self.index, self.offset = 0, 0, 0
+    def __init__(self, shards: TokenShards, seq_len: int, key: tuple[int, ...]) -> None:
+        self.shards, self.key = shards, key
+        self.epoch, self.index, self.offset, self.taken = 0, 0, 0, 0
         self._order: np.ndarray | None = None
         self._starts, self._stops = _segments(shards.offsets, seq_len)
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, place in its order, token offset in that sequence."""
-        return {"epoch": self.epoch, "index": self.index, "offset": self.offset}
+        return {
+            "epoch": self.epoch, "index": self.index, "offset": self.offset, "taken": self.taken
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from ``state_dict``."""
         self.epoch, self.index, self.offset = state["epoch"], state["index"], state["offset"]
+        self.taken = state["taken"]
         self._order = None
+
+    def next(self, room: int) -> np.ndarray:
+        """The next sequence, or as much of it as there is room for; the rest comes next."""
+        if self._order is None:
+            seed, *rest = self.key
+            rng = np.random.default_rng((seed, self.epoch, *rest))
+            self._order = rng.permutation(len(self._starts))
+        number = self._order[self.index]
+        start, stop = self._starts[number] + self.offset, self._stops[number]
+        piece = self.shards.tokens[start : min(stop, start + room)]
+        self.offset += len(piece)
+        self.taken += len(piece)
+        if start + len(piece) == stop:
+            self.offset, self.index = 0, self.index + 1
+        if self.index >= len(self._order):
+            self.epoch, self.index, self._order = self.epoch + 1, 0, None
+        return piece
+
+
+class PackedLoader:
+    """An endless, resumable stream of :class:`TrainBatch`.
+
+    Data-parallel ranks read one stream: of every ``parts`` batches each makes its own. The stream,
+    and the position that ``state_dict`` describes (before the next batch), do not depend on how
+    many ranks there are.
+
+    Args:
+        sources: shards and the share of the tokens that should come from each (any scale).
+        tokens: of a batch.
+        seq_len: tokens of the longest sequence.
+        depth: of MTP.
+        seed: of the shuffling.
+        part: number of this rank among those that share the stream.
+        parts: how many those are.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[TokenShards, float]],
+        tokens: int,
+        seq_len: int,
+        depth: int,
+        seed: int,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
+        self.tokens, self.depth, self.part, self.parts = tokens, depth, part, parts
+        self.weights = [weight for _, weight in sources]
+        self.streams = [
+            _Stream(shards, seq_len, (seed, n) if n else (seed,))
+            for n, (shards, _) in enumerate(sources)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Per source: epoch, place in its order, token offset in that sequence, tokens taken."""
+        return {"sources": [stream.state_dict() for stream in self.streams]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``."""
+        for stream, saved in zip(self.streams, state["sources"], strict=True):
+            stream.load_state_dict(saved)
 
     def next(self) -> TrainBatch:
         """The next batch of exactly ``tokens`` tokens."""
+        mine: list[np.ndarray] = []
+        for part in range(self.parts):
+            sequences = self._pack()
+            if part == self.part:
+                mine = sequences
+        return make_batch(mine, self.depth)
+
+    def _pack(self) -> list[np.ndarray]:
         sequences: list[np.ndarray] = []
         room = self.tokens
         while room:
-            if self._order is None:
-                rng = np.random.default_rng((self.seed, self.epoch))
-                self._order = rng.permutation(len(self._starts))
-            number = self._order[self.index]
-            start, stop = self._starts[number] + self.offset, self._stops[number]
-            piece = self.shards.tokens[start : min(stop, start + room)]
-            sequences.append(piece)
-            room -= len(piece)
-            self.offset += len(piece)
-            if start + len(piece) == stop:
-                self.offset, self.index = 0, self.index + 1
-            if self.index >= len(self._order):
-                self.epoch, self.index, self._order = self.epoch + 1, 0, None
-        return make_batch(sequences, self.depth)
+            behind = min(
+                range(len(self.streams)),
+                key=lambda n: (self.streams[n].taken / self.weights[n], n),
+            )
+            sequences.append(self.streams[behind].next(room))
+            room -= len(sequences[-1])
+        return sequences
 
 
 def _segments(offsets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -176,7 +244,7 @@ def _segments(offsets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray
 
 def prefetch(
     loader: PackedLoader, ahead: int = 3, pin: bool = False
-) -> Generator[tuple[TrainBatch, dict[str, int]], None, None]:
+) -> Generator[tuple[TrainBatch, dict[str, Any]], None, None]:
     """Batches built (and pinned) on a thread, each with the loader's position after it."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
     stop = threading.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -43,7 +44,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: CausalLM, shards: TokenShards, seq_len: int, tokens: int) -> Evaluation:
+def evaluate(
+    model: CausalLM, shards: Sequence[TokenShards], seq_len: int, tokens: int
+) -> Evaluation:
     """Score every held-out document once, in sequences of at most ``seq_len`` tokens.
 
     The first token of each sequence is not predicted; bits per byte divide by all bytes scaled
@@ -53,7 +56,8 @@ def evaluate(model: CausalLM, shards: TokenShards, seq_len: int, tokens: int) ->
     model.eval()
     nats = hits = agree = accept = right = 0.0
     count = places = total = 0
-    for batch in heldout_batches(shards, tokens, seq_len, 1):
+    batches = (b for part in shards for b in heldout_batches(part, tokens, seq_len, 1))
+    for batch in batches:
         batch = batch.to(model.device)
         hidden = model.hidden_states(batch.input_ids, batch.packed)
         total += len(batch.input_ids)
@@ -82,7 +86,7 @@ def evaluate(model: CausalLM, shards: TokenShards, seq_len: int, tokens: int) ->
                 right += ((labels == made) & inside).sum().item()
                 places += int(inside.sum())
     model.train(was_training)
-    num_bytes = shards.num_bytes * count / max(total, 1)
+    num_bytes = sum(part.num_bytes for part in shards) * count / max(total, 1)
     has = model.mtp is not None and places
     return Evaluation(
         loss=nats / max(count, 1),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,13 +73,14 @@ class Trainer:
         if dtype is None:
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.depth = config.loss.mtp_depth if self.model_config.num_mtp_layers else 0
-        self.shards = TokenShards(config.data.shards, "train")
-        self.heldout = TokenShards(config.data.shards, "heldout")
-        self._check_vocabulary()
+        parts = config.data.mixture
+        self.sources = [(TokenShards(part.shards, "train"), part.weight) for part in parts]
+        self.heldout = [TokenShards(part.shards, "heldout") for part in parts]
+        self._check_data()
         self.model = build_model(self.model_config, "float32", self.device, seed=config.seed)
         self.optimizer = MasterOptimizer(self.model, config.optimizer, dtype)
         self.loader = PackedLoader(
-            self.shards,
+            self.sources,
             config.data.batch_tokens // config.data.micro_batches,
             config.data.seq_len,
             self.depth,
@@ -89,13 +91,35 @@ class Trainer:
         self.position = self.loader.state_dict()
         self._skipped = 0.0
 
-    def _check_vocabulary(self) -> None:
-        largest = int(self.shards.tokens[: 1 << 22].max(initial=0))
-        if largest >= self.model_config.vocab_size:
+    def _check_data(self) -> None:
+        """Data that do not fit the model, before anything is built."""
+        data, model = self.config.data, self.model_config
+        if data.seq_len > model.max_position_embeddings:
+            raise ConfigError(
+                f"data.seq_len {data.seq_len} is more than model.max_position_embeddings "
+                f"{model.max_position_embeddings}"
+            )
+        for shards, _ in self.sources:
+            if not len(shards):
+                raise TrainingError(f"{shards.folder} has no documents to train on")
+            largest = int(shards.tokens[: 1 << 22].max(initial=0))
+            if largest >= model.vocab_size:
+                raise TrainingError(
+                    f"{shards.folder}: the shards hold token {largest}, the model's vocabulary "
+                    f"ends at {model.vocab_size - 1}",
+                    hint="tokenise with the recipe's tokenizer, or correct model.vocab_size",
+                )
+            sizes = np.diff(shards.offsets)
+            if data.long_documents == "refuse" and sizes.max() > data.seq_len:
+                raise TrainingError(
+                    f"{shards.folder}: document {int(sizes.argmax())} has {int(sizes.max())} "
+                    f"tokens, data.seq_len is {data.seq_len}",
+                    hint='raise data.seq_len, or set data.long_documents = "cut"',
+                )
+        if not any(len(part) for part in self.heldout):
             raise TrainingError(
-                f"the shards hold token {largest}, the model's vocabulary ends at "
-                f"{self.model_config.vocab_size - 1}",
-                hint="tokenise with the recipe's tokenizer, or correct model.vocab_size",
+                f"{self.heldout[0].folder} has no held-out documents",
+                hint="prepare the data with a heldout_share above 0",
             )
 
     def run(self) -> TrainResult:
@@ -215,8 +239,9 @@ class Trainer:
         return {
             **{f"model.{k}": v for k, v in self.config.model.items()},
             "data.seq_len": data.seq_len,
-            "data.documents": len(self.shards),
-            "data.tokens": len(self.shards.tokens),
+            "data.documents": [len(shards) for shards, _ in self.sources],
+            "data.tokens": [len(shards.tokens) for shards, _ in self.sources],
+            "data.weights": [weight for _, weight in self.sources],
             "seed": self.config.seed,
             "optimizer.kind": self.config.optimizer.kind,
         }

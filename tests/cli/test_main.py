@@ -65,7 +65,12 @@ def test_help_answers_in_under_0_3_seconds_and_loads_nothing_heavy():
         (["inspect", "no model"], 1, "neither an existing folder nor", "org/name"),
         (["pull", "kaggle:one/two"], 1, "not a Kaggle model name", "kaggle:owner/"),
         (["train", "/no/recipe.toml"], 2, "recipe /no/recipe.toml does not exist", None),
-        (["data", "/no/sources.toml", "out"], 2, "is not a list of sources", "sources.toml"),
+        (
+            ["data", "corpus", "/no/sources.toml", "out"],
+            2,
+            "is not a list of sources",
+            "sources.toml",
+        ),
     ],
 )
 def test_failures_are_one_sentence_and_a_hint(qnext, arguments, code, says, hint):
@@ -98,7 +103,7 @@ def test_a_missing_package_names_its_extra(qnext, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lxml", None)
     monkeypatch.delitem(sys.modules, "qnext.train.corpus", raising=False)
     monkeypatch.delitem(sys.modules, "qnext.train.extract", raising=False)
-    done = qnext("data", tmp_path / "sources.toml", tmp_path)
+    done = qnext("data", "corpus", tmp_path / "sources.toml", tmp_path)
     assert done.code == 1
     assert "needs the package lxml" in done.err
     assert "hint: pip install 'qnext[train]'" in done.err

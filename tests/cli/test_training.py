@@ -49,7 +49,7 @@ def test_train_writes_a_model_and_goes_on(qnext, tmp_path):
 def test_data_makes_text_tokenizer_and_shards(qnext, tmp_path):
     sources, out = write_sources(tmp_path), tmp_path / "out"
     options = ("--work", tmp_path, "--vocab-size", 300, "--jobs", 1, "--heldout-bytes", 2000)
-    done = qnext("data", sources, out, *options)
+    done = qnext("data", "corpus", sources, out, *options)
     assert (done.code, done.out) == (0, f"{out / 'shards'}\n")
     shards = json.loads((out / "shards/manifest.json").read_text())
     assert shards["train"]["tokens"] > shards["heldout"]["tokens"] > 0

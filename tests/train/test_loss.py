@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import randomise
 from torch import Tensor
@@ -94,6 +94,23 @@ def test_a_packed_batch_is_its_documents_alone(tied: bool) -> None:
     torch.testing.assert_close(sum(p.mtp for p in parts), together.mtp)
     got = _grads(model, sum(p.total for p in parts))  # type: ignore[arg-type]
     assert got.keys() == want.keys()
+    for name in want:
+        _same(got[name], want[name], name)
+
+
+@settings(max_examples=12)
+@given(st.lists(st.sampled_from([1, 2, 3, 4, 5, 63, 64, 65, 90]), min_size=2, max_size=5))
+def test_any_packing_gives_the_gradients_of_the_documents(lengths: list[int]) -> None:
+    """Boundaries anywhere: of one token, below the width of the convolution, around a chunk."""
+    model = _model()
+    config = LossConfig(mtp_weight=0.3, mtp_depth=2, load_balance=0.0)
+    sequences = _sequences(*lengths)
+    packed = make_batch(sequences, 2)
+    valid = [max(n, 1) for n in packed.valid]
+    want = _grads(model, compute_losses(model, packed, config, valid).total)
+    alone = [make_batch([s], 2) for s in sequences]
+    total = sum(compute_losses(model, one, config, valid).total for one in alone)
+    got = _grads(model, total)  # type: ignore[arg-type]
     for name in want:
         _same(got[name], want[name], name)
 

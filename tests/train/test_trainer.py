@@ -51,7 +51,7 @@ def test_the_export_is_the_trained_model(finished: Path) -> None:
     report = json.loads((finished / "run" / "evaluation.json").read_text())
     model = load_model(finished / "run" / "model", dtype="float32", device="cpu")
     shards = TokenShards(finished / "shards", "heldout")
-    again = evaluate(model, shards, seq_len=32, tokens=64)
+    again = evaluate(model, [shards], seq_len=32, tokens=64)
     assert again.loss == pytest.approx(report["loss"], rel=0.02)  # the export is BF16
     assert again.tokens == report["tokens"]
     assert (finished / "run" / "model" / "tokenizer.json").exists()
@@ -82,7 +82,7 @@ def test_figures_on_held_out_text_are_their_definitions(finished: Path) -> None:
                     right += int(drafts[i - 1] == piece[i + 1])
                     chance += scores[i, drafts[i - 1]].exp().item()
                     places += 1
-    got = evaluate(model, shards, seq_len=32, tokens=100)
+    got = evaluate(model, [shards], seq_len=32, tokens=100)
     assert got.tokens == count
     assert got.loss == pytest.approx(nats / count, rel=1e-5)
     share = count / len(shards.tokens)
@@ -186,3 +186,24 @@ def test_toy_walks_are_learnable(tmp_path: Path) -> None:
     write_shards(tmp_path, toy_documents(3, 0))
     tokens = TokenShards(tmp_path, "train").tokens
     assert tokens.max() == VOCAB - 1
+
+
+def test_a_mixture_trains_and_long_documents_may_be_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    write_shards(tmp_path / "more", toy_documents(20, 5), "train")
+    write_shards(tmp_path / "more", [], "heldout")
+    text = recipe.read_text().replace(
+        f'shards = "{tmp_path / "shards"}"',
+        f'sources = [{{ shards = "{tmp_path / "shards"}", weight = 3 }}, '
+        f'{{ shards = "{tmp_path / "more"}" }}]',
+    )
+    recipe.write_text(text)
+    assert main(recipe, ["steps=3"]).finished
+    resolved = load_recipe(tmp_path / "run" / "run.toml", [])
+    assert [s.weight for s in resolved.data.sources] == [3, 1]
+    with pytest.raises(TrainingError, match=r"document \d+ has \d+ tokens, data.seq_len is 32"):
+        main(recipe, ["data.long_documents=refuse"])
+    with pytest.raises(ConfigError, match="data: give either shards or sources"):
+        main(recipe, ["data.shards=x"])
+    with pytest.raises(ConfigError, match=r"seq_len 999 is more than model\.max_position_embedd"):
+        main(recipe, ["data.seq_len=999"])

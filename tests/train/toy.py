@@ -39,7 +39,7 @@ MODEL: dict[str, Any] = {
 def write_shards(folder: Path, documents: list[list[int]], split: str = "train") -> None:
     """Write one split in the format of ``tokenize_shards``."""
     folder.mkdir(parents=True, exist_ok=True)
-    flat = np.array([t for d in documents for t in d], dtype=np.uint16)
+    flat = np.array([t for d in documents for t in d], dtype=np.uint16).reshape(-1)
     flat.tofile(folder / f"{split}.bin")
     bounds = np.cumsum([0, *map(len, documents)]).astype(np.int64)
     np.save(folder / f"{split}.offsets.npy", bounds)
