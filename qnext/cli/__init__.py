@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from qnext import __version__
-from qnext.cli import bench, chat, checkpoints, generate, machine, training
+from qnext.cli import bench, chat, checkpoints, generate, machine, plan, training
 from qnext.errors import ConfigError, QnextError, RequestError
 
 app = typer.Typer(
@@ -57,6 +57,7 @@ for verb in (
     generate.generate,
     chat.chat,
     checkpoints.inspect,
+    plan.plan,
     checkpoints.pull,
     checkpoints.convert,
     training.train,
