@@ -15,13 +15,22 @@ if TYPE_CHECKING:
     from qnext.config import ModelConfig
     from qnext.engine.llm import LLM
     from qnext.engine.sampling_params import SamplingParams
+    from qnext.engine.structured_outputs import StructuredOutputsParams
 
-__all__ = ["LLM", "ModelConfig", "SamplingParams", "__version__", "load_model"]
+__all__ = [
+    "LLM",
+    "ModelConfig",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+    "load_model",
+]
 
 _HOMES = {
     "LLM": "qnext.engine.llm",
     "ModelConfig": "qnext.config",
     "SamplingParams": "qnext.engine.sampling_params",
+    "StructuredOutputsParams": "qnext.engine.structured_outputs",
     "load_model": "qnext.checkpoint",
 }
 

@@ -60,7 +60,14 @@ class Engine:
             RequestError: see validation.py.
         """
         options = self.options
-        check_request(prompt_token_ids, params, options.vocab_size, options.max_model_len)
+        check_request(
+            prompt_token_ids,
+            params,
+            options.vocab_size,
+            options.max_model_len,
+            can_think=text is not None and text.thinking is not None,
+            has_grammar=text is not None and text.grammar is not None,
+        )
         request = Request(
             request_id=str(self._next_id),
             prompt=prompt,

@@ -19,6 +19,7 @@ from qnext.checkpoint.load import parse_device
 from qnext.config import ModelConfig
 from qnext.engine.defaults import GenerationDefaults, longest_context, resolve_dtype
 from qnext.engine.generate import Engine
+from qnext.engine.grammar import Grammar, GrammarCompiler
 from qnext.engine.options import EngineOptions
 from qnext.engine.outputs import CompletionOutput, RequestOutput, StreamDelta
 from qnext.engine.progress import progress_bar
@@ -33,7 +34,8 @@ from qnext.engine.request import Request, RequestText, news
 from qnext.engine.sampling_params import SamplingParams, nearest_hint
 from qnext.engine.speculative import resolve_num_drafts
 from qnext.engine.stats import EngineStats
-from qnext.engine.validation import check_request
+from qnext.engine.thinking import ThinkTokens, template_thinks
+from qnext.engine.validation import check_request, truncated
 from qnext.errors import ConfigError, RequestError
 from qnext.hub import resolve_model
 from qnext.layers.fused import fuse
@@ -109,6 +111,8 @@ class LLM:
             _check_count("max_model_len", max_model_len, longest)
         self.tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
+        self._compiler: GrammarCompiler | None = None
+        self._think_tokens: ThinkTokens | None = None
         self._words_path = self.model_path
         vocab, unused = self.config.vocab_size, tuple[int, ...]()
         if not skip_tokenizer_init:
@@ -306,7 +310,7 @@ class LLM:
         if tokenizer is None:
             if text is not None:
                 raise _no_tokenizer("a text prompt")
-            for name in ("stop", "bad_words"):
+            for name in ("stop", "bad_words", "structured_outputs"):
                 if getattr(params, name):
                     raise _no_tokenizer(name)
         else:
@@ -318,10 +322,34 @@ class LLM:
                 partial(TextStream, tokenizer, params) if params.detokenize else None,
                 lambda token: tokenizer.decode([token], skip_special_tokens=False),
                 _bad_words(tokenizer, params.bad_words),
+                *self._rules(tokenizer, params),
             )
-        options, ids = self.engine.options, ids or []
-        check_request(ids, params, options.vocab_size, options.max_model_len)
+        options = self.engine.options
+        ids = truncated(ids or [], params, options.max_model_len)
+        check_request(
+            ids,
+            params,
+            options.vocab_size,
+            options.max_model_len,
+            can_think=handling.thinking is not None,
+            has_grammar=handling.grammar is not None,
+        )
         return partial(self.engine.add_request, ids, params, prompt=text, text=handling)
+
+    def _rules(
+        self, tokenizer: Tokenizer, params: SamplingParams
+    ) -> tuple[Grammar | None, ThinkTokens | None]:
+        """The grammar and the ids around think blocks, where the request needs them."""
+        if params.structured_outputs is None and params.max_thinking_tokens is None:
+            return None, None
+        if self._compiler is None:
+            options = self.engine.options
+            self._compiler = GrammarCompiler(tokenizer, options.vocab_size, options.eos_token_ids)
+            self._think_tokens = ThinkTokens.of(
+                tokenizer, model_opens=template_thinks(self._words_path)
+            )
+        asked = params.structured_outputs
+        return None if asked is None else self._compiler.compile(asked), self._think_tokens
 
     def _deltas(self, make: Callable[[], Request]) -> Iterator[StreamDelta]:
         request = make()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qnext.engine.grammar import Grammar
 from qnext.engine.outputs import (
     FinishReason,
     Logprob,
@@ -18,6 +19,7 @@ from qnext.engine.outputs import (
 from qnext.engine.sampler import RawLogprobs
 from qnext.engine.sampling_params import SamplingParams
 from qnext.engine.sampling_state import SamplingState
+from qnext.engine.thinking import ThinkTokens
 from qnext.errors import EngineError
 
 if TYPE_CHECKING:
@@ -32,11 +34,15 @@ class RequestText:
         new_stream: makes the incremental text of one sequence.
         decode_token: one id to its text, for logprobs.
         bad_words: token ids of ``params.bad_words``.
+        grammar: compiled ``params.structured_outputs``.
+        thinking: the ids around think blocks.
     """
 
     new_stream: Callable[[], TextStream] | None = None
     decode_token: Callable[[int], str] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
+    thinking: ThinkTokens | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -78,6 +84,8 @@ class Request:
                 seed=seed + index,
                 bad_words=self.text.bad_words,
                 device=device,
+                grammar=self.text.grammar,
+                thinking=self.text.thinking,
             )
             sequence = Sequence(
                 request=self,
@@ -171,7 +179,7 @@ class Sequence:
             self.logprobs.append(self.request.logprobs_dict(raw))
             self.cumulative_logprob += raw.logprobs[0]
         may_stop = len(self.sampling.output_ids) >= self.request.params.min_tokens
-        stops = may_stop and token in self.stop_ids
+        stops = token in self.stop_ids and (may_stop or self.sampling.must_end)
         if self.text is not None:
             found = self.text.push(token, stops=stops, may_stop=may_stop)
             if found is not None:

@@ -151,8 +151,9 @@ class Runner:
         """Give a sequence its sampled token, or fail it alone."""
         request = sequence.request
         if not sampled.valid[row]:
-            sequence.finish("error", error=NOT_VALID)
-            log.warning("request failed id=%s error=%s", request.request_id, NOT_VALID)
+            error = sequence.sampling.failure or NOT_VALID
+            sequence.finish("error", error=error)
+            log.warning("request failed id=%s error=%s", request.request_id, error)
             return
         sequence.append(sampled.tokens[row], sampled.logprobs[row])
         self.stats.num_generated_tokens += 1

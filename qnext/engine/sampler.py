@@ -1,8 +1,9 @@
-"""Logits to tokens: every row with its own parameters, penalties and random numbers.
+"""Logits to tokens: every row with its own parameters, penalties, rules and random numbers.
 
 A row's draw uses one uniform number of its own sequence and the inverse of its cumulative
 distribution, so that neither its neighbours nor speculation (speculative.py) change its samples.
-filters.py has the order of operations. Log-probabilities are of the raw logits, as in vLLM.
+All work is queued on the device of the logits and nothing waits for it until `Draws.host`: one
+transfer. docs/generation.md has the order of operations. Log-probabilities are of the raw logits.
 """
 
 from __future__ import annotations
@@ -10,24 +11,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qnext.engine.filters import column, filtered, groups_of, process_logits
-from qnext.engine.sampling_state import Row
+from qnext.engine.filters import argmax, filtered, inverted
+from qnext.engine.logit_changes import Drafts, StepChanges, changed
+from qnext.engine.logprobs import RawLogprobs, logprob_columns, read_columns, top_logprobs
+from qnext.engine.penalties import PenaltyTable
+from qnext.engine.row_plan import Group, RowPlan, to_device
+from qnext.engine.sampling_state import Row, SamplingState
+from qnext.engine.uniform import uniforms
+
+__all__ = [
+    "Draws",
+    "RawLogprobs",
+    "Sampled",
+    "Sampler",
+    "argmax",
+    "greedy_drafts",
+    "probs",
+    "process_logits",
+    "top_logprobs",
+]
 
 _NEVER = -1e30
 """Logit of ids without a token: probability exactly 0."""
-
-
-class RawLogprobs(NamedTuple):
-    """Numbers behind vLLM's dict of one step: ids, log-probabilities (nats), 1-based ranks."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    ranks: list[int]
 
 
 @dataclass(slots=True)
@@ -42,23 +52,78 @@ class Sampled:
     logprobs: list[RawLogprobs | None]
 
 
-def probs(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """The exact distribution (R, V) fp32 that each row is sampled from, after all processing."""
-    logits = process_logits(logits.float(), rows)
-    result = torch.zeros_like(logits)
-    for members, kind in groups_of(rows):
-        index = torch.tensor(members, device=logits.device)
-        part = logits[index]
-        params = [rows[i].state.params for i in members]
-        if kind == "greedy":
-            result[index, argmax(part)] = 1
-        elif kind == "plain":
-            result[index] = torch.softmax(part / column("temperature", params, part), -1)
-        else:
-            for some, weights, ids in filtered(part, params):
-                weights = weights / weights.sum(-1, keepdim=True)
-                result[index[some]] = torch.zeros_like(part[some]).scatter_(1, ids, weights)
-    return result
+@dataclass(slots=True)
+class Draws:
+    """Sampled rows that are still on the device.
+
+    Attributes:
+        tokens: (R,) int64. Final if ``retries`` is empty.
+        valid: (R,) bool.
+        retries: rows (r,), whether each needs the whole vocabulary sorted (r,) bool, and the
+            function that then gives all tokens of these rows.
+    """
+
+    plan: RowPlan
+    tokens: Tensor
+    valid: Tensor
+    raw: Tensor
+    retries: list[_Retry]
+
+    def settle(self) -> None:
+        """Make ``tokens`` final without a transfer, by sorting where it might be needed."""
+        for retry in self.retries:
+            whole = retry.whole()
+            self.tokens[retry.members] = torch.where(
+                retry.enough, self.tokens[retry.members], whole
+            )
+        self.retries = []
+
+    def host(self) -> Sampled:
+        """The one transfer; a second one where a flat distribution needed a full sort."""
+        wanted = self.plan.logprobs
+        first = [self.tokens, self.valid.long(), *(retry.enough.long() for retry in self.retries)]
+        columns: Tensor | None = None
+        if wanted:
+            columns = self._columns()
+            first.append(columns.view(torch.int64).flatten())
+        found = torch.cat(first).cpu()
+        rows = len(self.plan.states)
+        if self.retries:
+            flags = found[2 * rows : 2 * rows + sum(len(r.enough) for r in self.retries)]
+            if not bool(flags.all()):
+                self.settle()
+                return self.host()
+        both: list[int] = found[: 2 * rows].tolist()
+        logprobs: list[RawLogprobs | None] = [None] * rows
+        if columns is not None:
+            numbers = found[len(found) - columns.numel() :].view(torch.float64)
+            counts = [count for _, count in wanted]
+            read = read_columns(numbers.view(columns.shape).tolist(), counts)
+            for (row, _), one in zip(wanted, read, strict=True):
+                logprobs[row] = one
+        return Sampled(both[:rows], [flag == 1 for flag in both[rows:]], logprobs)
+
+    def _columns(self) -> Tensor:
+        rows, most = self.plan.logprob_rows, max(count for _, count in self.plan.logprobs)
+        if len(rows) == len(self.raw):
+            return logprob_columns(self.raw, self.tokens, most)
+        return logprob_columns(self.raw[rows], self.tokens[rows], most)
+
+
+@dataclass(slots=True)
+class _Retry:
+    """Rows whose distribution may go beyond the tokens that were looked at."""
+
+    members: Tensor
+    enough: Tensor
+    logits: Tensor
+    group: Group
+    draws: Tensor
+
+    def whole(self) -> Tensor:
+        """Their tokens from all tokens, sorted."""
+        weights, ids, _ = filtered(self.logits, self.group, whole=True)
+        return ids.gather(1, inverted(weights, self.draws)[:, None])[:, 0]
 
 
 class Sampler:
@@ -71,125 +136,185 @@ class Sampler:
 
     def __init__(self, vocab_size: int, unused_ids: Sequence[int] = ()) -> None:
         self.vocab_size = vocab_size
+        self.penalties: PenaltyTable | None = None
         self._unused: Tensor | None = None
         if unused_ids:
             self._unused = torch.tensor(unused_ids, dtype=torch.long)
+        self._plan: RowPlan | None = None
 
     def __call__(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:
         """Tokens for ``logits`` (R, >= V) of any dtype; ``rows`` has R entries."""
+        drafts = [row.drafts for row in rows] if any(row.drafts for row in rows) else None
+        return self.sample(logits, [row.state for row in rows], drafts)
+
+    def sample(
+        self, logits: Tensor, states: list[SamplingState], drafts: Drafts | None = None
+    ) -> Sampled:
+        """Tokens on the host.
+
+        Args:
+            logits: (R, >= V) of any dtype.
+            states: whose each row is.
+            drafts: of each row; None where no row has any.
+        """
+        if not states:
+            return Sampled([], [], [])
+        logits = self._cut(logits)
+        plan = self._plan_of(states, logits.device)
+        if plan.plain_greedy:
+            return _greedy(logits)
+        return self._draw(logits, plan, drafts).host()
+
+    def draw(
+        self, logits: Tensor, states: list[SamplingState], drafts: Drafts | None = None
+    ) -> Draws:
+        """`sample` without waiting for the device."""
+        logits = self._cut(logits)
+        return self._draw(logits, self._plan_of(states, logits.device), drafts)
+
+    def process(self, logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, StepChanges, RowPlan]:
+        """Logits (R, V) after all changes but forced tokens, what the host did, and the plan."""
+        logits = self._cut(logits)
+        plan = self._plan_of([row.state for row in rows], logits.device)
+        drafts = [row.drafts for row in rows]
+        step = StepChanges.of(plan, drafts)
+        return self._changed(logits, plan, drafts, step), step, plan
+
+    def _cut(self, logits: Tensor) -> Tensor:
         logits = logits[:, : self.vocab_size].float()
-        if self._unused is not None:  # finite, so that a sum still tells damaged rows
-            self._unused = self._unused.to(logits.device)
-            logits = logits.index_fill(1, self._unused, _NEVER)
-        if all(row.state.plain_greedy for row in rows):
-            return self._greedy(logits)
-        valid = torch.isfinite(logits.sum(-1))
-        final = process_logits(logits, rows)
-        if final is not logits:  # every token of a row may have been forbidden
-            valid &= final.amax(-1) > -torch.inf
-        groups = groups_of(rows)
-        if len(groups) == 1:
-            tokens = _pick(final, rows, groups[0][1])
-        else:
-            tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-            for members, kind in groups:
-                index = torch.tensor(members, device=logits.device)
-                tokens[index] = _pick(final[index], [rows[i] for i in members], kind)
-        return Sampled(tokens.tolist(), valid.tolist(), self._logprobs(logits, tokens, rows))
+        if self._unused is None:
+            return logits
+        self._unused = self._unused.to(logits.device)
+        # finite, so that a sum still tells damaged rows
+        return logits.index_fill(1, self._unused, _NEVER)
 
-    def _greedy(self, logits: Tensor) -> Sampled:
-        """Nothing but the most likely token; the sum is finite only if every logit is."""
-        both = torch.stack([argmax(logits).double(), logits.sum(-1).double()])
-        tokens, sums = both.tolist()  # one transfer; float64 holds ids exactly
-        return Sampled(
-            [int(t) for t in tokens], [math.isfinite(x) for x in sums], [None] * len(sums)
-        )
+    def _plan_of(self, states: list[SamplingState], device: torch.device) -> RowPlan:
+        plan = self._plan
+        if plan is None or plan.states != states or plan.device != device:
+            plan = self._plan = RowPlan(states, self.vocab_size, device)
+        return plan
 
-    @staticmethod
-    def _logprobs(raw: Tensor, tokens: Tensor, rows: Sequence[Row]) -> list[RawLogprobs | None]:
-        wanted = [row.state.params.logprobs for row in rows]
-        members = [i for i, count in enumerate(wanted) if count is not None]
-        result: list[RawLogprobs | None] = [None] * len(rows)
-        if members:
-            counts = [wanted[i] or 0 for i in members]
-            for i, found in zip(
-                members, top_logprobs(raw[members], tokens[members], counts), strict=True
-            ):
-                result[i] = found
-        return result
+    def _changed(
+        self, logits: Tensor, plan: RowPlan, drafts: Drafts | None, step: StepChanges
+    ) -> Tensor:
+        if not plan.changes:
+            return logits
+        if plan.penalised and self.penalties is None:
+            self.penalties = PenaltyTable(self.vocab_size, logits.device)
+        return changed(logits, plan, drafts, step, self.penalties)
 
-
-def argmax(logits: Tensor) -> Tensor:
-    """Index (R,) of the largest of each row (R, V) fp32, the first of equals.
-
-    On a CPU NumPy's is vectorised and torch's (2.13) is not: 2.5 against 28 us for 16,384 logits.
-    """
-    if logits.device.type == "cpu":
-        return torch.from_numpy(logits.numpy().argmax(-1))
-    return logits.argmax(-1)
+    def _draw(self, raw: Tensor, plan: RowPlan, drafts: Drafts | None) -> Draws:
+        valid = torch.isfinite(raw.sum(-1))
+        step = StepChanges.of(plan, drafts) if plan.each_step else StepChanges()
+        logits = self._changed(raw, plan, drafts, step)
+        if logits is not raw:  # every token of a row may have been forbidden
+            allowed = logits.amax(-1) > -torch.inf
+        numbers = _numbers(plan, drafts) if plan.draws else None
+        retries: list[_Retry] = []
+        tokens = torch.empty(len(plan.states), dtype=torch.long, device=raw.device)
+        for group in plan.groups:
+            members = group.members
+            part = logits if members is None else logits[members]
+            draws = numbers if numbers is None or members is None else numbers[members]
+            picked = _pick(part, group, draws, retries)
+            if members is None:
+                tokens = picked
+            else:
+                tokens[members] = picked
+        if step.forced:
+            where = to_device(np.array(step.forced, np.int64), raw.device)
+            tokens[where[:, 0]] = where[:, 1]
+            if logits is not raw:
+                allowed[where[:, 0]] = True
+        if logits is not raw:
+            valid &= allowed
+        return Draws(plan, tokens, valid, raw, retries)
 
 
-def top_logprobs(logits: Tensor, chosen: Tensor, counts: Sequence[int]) -> list[RawLogprobs]:
-    """Log-probabilities of the chosen tokens and of the most likely ones.
+def _greedy(logits: Tensor) -> Sampled:
+    """Nothing but the most likely token; the sum is finite only if every logit is."""
+    both = torch.stack([argmax(logits).double(), logits.sum(-1).double()])
+    tokens, sums = both.tolist()  # one transfer; float64 holds ids exactly
+    return Sampled(list(map(int, tokens)), list(map(math.isfinite, sums)), [None] * len(sums))
+
+
+def _numbers(plan: RowPlan, drafts: Drafts | None) -> Tensor:
+    """The uniform number (R,) float64 of each row's token."""
+    places = [len(state.output_ids) for state in plan.states]
+    if drafts is not None:
+        places = [place + len(ahead) for place, ahead in zip(places, drafts, strict=True)]
+    return to_device(uniforms(plan.streams, np.array(places, np.int64)), plan.device)
+
+
+def _pick(logits: Tensor, group: Group, draws: Tensor | None, retries: list[_Retry]) -> Tensor:
+    """Tokens (r,) for processed logits (r, V) of the rows of one group."""
+    if group.kind == "greedy" or draws is None:
+        return argmax(logits)
+    if group.kind == "plain":
+        return inverted(torch.softmax(logits / group.temperature, -1), draws)
+    weights, ids, enough = filtered(logits, group)
+    if enough is not None:
+        members = group.members
+        if members is None:
+            members = torch.arange(len(logits), device=logits.device)
+        retries.append(_Retry(members, enough, logits, group, draws))
+    return ids.gather(1, inverted(weights, draws)[:, None])[:, 0]
+
+
+def process_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Masks, bias, user functions and penalties.
 
     Args:
-        logits: (R, V) raw.
-        chosen: (R,) token ids.
-        counts: R numbers of most likely tokens, -1 for the whole vocabulary.
+        logits: (R, V) fp32, left as they are.
+        rows: R rows.
 
     Returns:
-        per row the chosen token first, then the most likely ones; a chosen token that is among
-        them is not repeated.
+        (R, V): a changed copy, or ``logits`` itself when no row asks for anything.
     """
-    values = torch.log_softmax(logits.float(), -1)
-    own = values.gather(1, chosen[:, None])
-    ranks = (values > own).sum(-1).add_(1).tolist()
-    vocab = logits.shape[1]
-    counts = [vocab if count < 0 else min(count, vocab) for count in counts]
-    top = values.topk(max(counts), -1)
-    columns = (chosen.tolist(), own[:, 0].tolist(), ranks, counts)
-    result = []
-    for token, value, rank, count, top_values, top_ids in zip(
-        *columns, top.values.tolist(), top.indices.tolist(), strict=True
-    ):
-        ids, logprobs, positions = [token], [value], [rank]
-        for place in range(count):
-            if top_ids[place] != token:
-                ids.append(top_ids[place])
-                logprobs.append(top_values[place])
-                positions.append(place + 1)
-        result.append(RawLogprobs(ids, logprobs, positions))
+    return Sampler(logits.shape[1]).process(logits, rows)[0]
+
+
+def probs(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The exact distribution (R, V) fp32 that each row is sampled from, after all processing."""
+    final, step, plan = Sampler(logits.shape[1]).process(logits, rows)
+    result = torch.zeros_like(final)
+    for group in plan.groups:
+        members = group.members
+        if members is None:
+            members = torch.arange(len(rows), device=logits.device)
+        part = final[members]
+        if group.kind == "greedy":
+            result[members, argmax(part)] = 1
+        elif group.kind == "plain":
+            result[members] = torch.softmax(part / group.temperature, -1)
+        else:
+            weights, ids, _ = filtered(part, group, whole=group.kind == "sorted")
+            weights = weights / weights.sum(-1, keepdim=True)
+            result[members] = torch.zeros_like(part).scatter_(1, ids, weights)
+    for row, token in step.forced:
+        result[row] = 0
+        result[row, token] = 1
     return result
 
 
-def _pick(logits: Tensor, rows: Sequence[Row], kind: str) -> Tensor:
-    """Tokens (r,) for processed logits (r, V) of rows of one kind."""
-    if kind == "greedy":
-        return argmax(logits)
-    params = [row.state.params for row in rows]
-    draws = torch.tensor([row.state.draw(len(row.drafts)) for row in rows], dtype=torch.float64).to(
-        logits.device
-    )
-    if kind == "plain":
-        return _invert(torch.softmax(logits / column("temperature", params, logits), -1), draws)
-    tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    for some, weights, ids in filtered(logits, params):
-        whole = len(some) == len(rows)
-        picked = _invert(weights, draws if whole else draws[some])
-        found = ids.gather(1, picked[:, None])[:, 0]
-        if whole:
-            return found
-        tokens[some] = found
-    return tokens
+def greedy_drafts(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The likeliest token (R,) of each row (R, V) that its sequence's own rules allow.
 
-
-def _invert(weights: Tensor, draws: Tensor) -> Tensor:
-    """Index (r,) at which the running sum of ``weights`` (r, K) passes ``draws`` (r,) in [0, 1).
-
-    Exact zeros are never picked: the running sum does not pass anything there. A row that is not
-    a distribution gives some index in range.
+    Drafts that a grammar or a thinking budget forbids would never be accepted.
     """
-    running = weights.double().cumsum(-1)
-    target = (draws * running[:, -1])[:, None]
-    found = torch.searchsorted(running, target, right=True)[:, 0]
-    return found.clamp_max(weights.shape[1] - 1)
+    step = StepChanges()
+    for n, (state, drafts) in enumerate(rows):
+        if state.constraint is None:
+            continue
+        rule = state.rule(drafts)
+        if rule.forced is not None:
+            step.forced.append((n, rule.forced))
+        elif rule.allowed is not None:
+            step.masked.append((n, rule.allowed))
+    plan = RowPlan([], logits.shape[1], logits.device)
+    if step.masked:
+        logits = changed(logits, plan, None, step, None)
+    tokens = argmax(logits)
+    for n, token in step.forced:
+        tokens[n] = token
+    return tokens

@@ -5,24 +5,22 @@ A wrong value is refused here, before any model state exists; see sampler.py for
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qnext.errors import RequestError
+from qnext.engine.parameter_errors import nearest_hint, request_error
+from qnext.engine.structured_outputs import StructuredOutputsParams
+
+__all__ = ["GREEDY_EPS", "MAX_N", "LogitsProcessor", "SamplingParams", "nearest_hint"]
 
 MAX_N = 16384
+LogitsProcessor = Callable[..., Any]
+"""Output ids and a row of logits (V,) fp32 to the row to go on with, of the same shape."""
+
 GREEDY_EPS = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
-
-
-def nearest_hint(name: str, names: Iterable[str]) -> str:
-    """A hint that names the known option nearest to ``name``, or all of them."""
-    known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else "known names: " + ", ".join(known)
 
 
 class SamplingParams(BaseModel):
@@ -52,6 +50,12 @@ class SamplingParams(BaseModel):
         allowed_token_ids: only these may be generated.
         skip_special_tokens: leave special tokens out of ``.text``.
         detokenize: False leaves ``.text`` empty.
+        structured_outputs: the form the answer must have; docs/generation.md.
+        max_thinking_tokens: the engine closes a think block that has this many tokens.
+        truncate_prompt_tokens: keep only the last so many tokens of the prompt; -1 keeps as many
+            as fit.
+        logits_processors: functions of the output ids and the row of logits (V,) that give the
+            row to go on with; they see masks and bias applied, penalties not yet.
         spaces_between_special_tokens: accepted for vLLM's sake; byte-level BPE has no such spaces.
 
     Raises:
@@ -83,12 +87,18 @@ class SamplingParams(BaseModel):
     skip_special_tokens: bool = True
     detokenize: bool = True
     spaces_between_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
+    max_thinking_tokens: int | None = Field(None, ge=0)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    logits_processors: tuple[LogitsProcessor, ...] = ()
 
     def __init__(self, **values: Any) -> None:
+        if "guided_decoding" in values:  # vLLM's older spelling
+            values.setdefault("structured_outputs", values.pop("guided_decoding"))
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _request_error(error) from error
+            raise request_error(error, SamplingParams) from error
 
     @property
     def greedy(self) -> bool:
@@ -119,6 +129,16 @@ class SamplingParams(BaseModel):
         if value is None:
             return () if info.field_name == "stop_token_ids" else None
         return _as_tuple(value)
+
+    @field_validator("structured_outputs", mode="before")
+    @classmethod
+    def _form(cls, value: Any) -> Any:
+        return StructuredOutputsParams(**value) if isinstance(value, dict) else value
+
+    @field_validator("logits_processors", mode="before")
+    @classmethod
+    def _functions(cls, value: Any) -> Any:
+        return () if value is None else (value,) if callable(value) else _as_tuple(value)
 
     @field_validator("seed", mode="before")
     @classmethod
@@ -155,6 +175,10 @@ class SamplingParams(BaseModel):
             raise ValueError(f"n={self.n} must be 1 with greedy sampling (temperature=0)")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids must name at least one token")
+        if self.structured_outputs is not None and self.ignore_eos and not self.stop_token_ids:
+            raise ValueError("structured_outputs with ignore_eos=True could never end")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens=0 would leave no prompt; -1 keeps what fits")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             low = min(getattr(self, name) or (0,))
             if low < 0:
@@ -164,32 +188,3 @@ class SamplingParams(BaseModel):
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, set, frozenset, range)) else value
-
-
-def _request_error(error: ValidationError) -> RequestError:
-    """The first problem that pydantic found, as one sentence and a hint."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        hint = nearest_hint(where, SamplingParams.model_fields)
-        return RequestError(f"SamplingParams has no parameter {where!r}", hint=hint)
-    if not where:
-        return RequestError(f"SamplingParams: {first['msg'].removeprefix('Value error, ')}")
-    said = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    said = said.replace("a valid tuple", "a list")
-    return RequestError(
-        f"SamplingParams: {where}={first['input']!r} must be {said}",
-        hint=_allowed(str(first["loc"][0])),
-    )
-
-
-def _allowed(name: str) -> str | None:
-    """The allowed range of a parameter, from its bounds."""
-    bounds = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    found = [
-        f"{name} {sign} {getattr(limit, bound)}"
-        for limit in SamplingParams.model_fields[name].metadata
-        for bound, sign in bounds.items()
-        if hasattr(limit, bound)
-    ]
-    return "allowed: " + " and ".join(found) if found else None

@@ -1,18 +1,23 @@
-"""What sampling remembers of one sequence: its random numbers, penalties and masks."""
+"""What sampling remembers of one sequence: what was asked, what came out, what must come next.
+
+Plain values only; tensors belong to the sampler, which reads states lazily (row_plan.py).
+"""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from qnext.engine.constraint import ANYTHING, Constraint, Rule
+from qnext.engine.grammar import Grammar
 from qnext.engine.sampling_params import SamplingParams
+from qnext.engine.thinking import ThinkTokens
+from qnext.engine.uniform import streams, uniforms
 
-_DRAW_BITS = 48
-"""Draws are multiples of 2^-48 below 1, so draw * total < total in float64."""
+Kind = Literal["greedy", "plain", "top_k", "sorted"]
 
 
 class Row(NamedTuple):
@@ -27,12 +32,14 @@ class SamplingState:
 
     Args:
         params: the request's parameters.
-        prompt_ids: the prompt, for the repetition penalty.
+        prompt_ids: the prompt, for the repetition penalty and to see an open think block.
         stop_ids: ids that would end this sequence, masked until ``min_tokens``.
         vocab_size: V, ids that may be sampled; rows above are padding.
         seed: of this sequence alone.
         bad_words: token sequences never completed.
-        device: where the logits are.
+        device: not used; tensors are made where the logits are.
+        grammar: of the answer, at its beginning.
+        thinking: ids around think blocks.
     """
 
     def __init__(
@@ -45,51 +52,76 @@ class SamplingState:
         seed: int = 0,
         bad_words: Sequence[Sequence[int]] = (),
         device: torch.device | str = "cpu",
+        grammar: Grammar | None = None,
+        thinking: ThinkTokens | None = None,
     ) -> None:
         self.params = params
+        self.prompt_ids = prompt_ids
         self.output_ids: list[int] = []
         self.bad_words = [tuple(word) for word in bad_words]
-        self._random = random.Random(seed & (2**64 - 1))
-        self._ahead: list[float] = []
-        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-        self.bias = _static_bias(params, vocab_size, device)
-        self.prompt_seen: Tensor | None = None
-        self.counts: Tensor | None = None
-        if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
-            self.prompt_seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.prompt_seen[torch.tensor(list(prompt_ids), dtype=torch.long, device=device)] = True
-            self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        self.stop_ids = tuple(sorted(stop_ids))
+        self.stream = int(streams(np.array([seed & (2**64 - 1)], np.uint64))[0])
+        self.kind: Kind = _kind(params)
+        # A power of two that neighbours cannot change, so that sums keep their order.
+        self.width = max(32, 1 << (params.top_k - 1).bit_length()) if self.kind == "top_k" else 0
+        self.penalised = bool(
+            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        )
+        self.constraint = Constraint.of(
+            grammar,
+            thinking,
+            params.max_thinking_tokens,
+            prompt_ids=prompt_ids,
+            end_ids=self.stop_ids,
+            vocab_size=vocab_size,
+        )
+        self.changes_each_step = bool(
+            self.bad_words
+            or (params.min_tokens and self.stop_ids)
+            or self.constraint
+            or params.logits_processors
+        )
+        """Whether the host has to look at this sequence before every token."""
         self.changes_logits = bool(
-            self.bias is not None
-            or self.counts is not None
-            or self.bad_words
-            or (params.min_tokens and len(stop_ids))
+            self.changes_each_step
+            or self.penalised
+            or params.logit_bias
+            or params.allowed_token_ids is not None
         )
         self.plain_greedy = params.greedy and not self.changes_logits and params.logprobs is None
+        self.must_end = False
+        """Whether the last token ended the grammar, so that ``min_tokens`` has no say."""
+        self.processor_error: str | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why no token could be sampled, where this sequence itself knows."""
+        if self.processor_error is not None:
+            return self.processor_error
+        error = self.constraint.error if self.constraint is not None else None
+        return f"the grammar gave up: {error}" if error else None
+
+    def rule(self, drafts: Sequence[int] = ()) -> Rule:
+        """What may follow ``drafts`` after the output."""
+        return (
+            ANYTHING if self.constraint is None else self.constraint.rule(self.output_ids, drafts)
+        )
 
     def append(self, token: int) -> None:
-        """Record an emitted token and use up its random number."""
+        """Record an emitted token."""
+        if self.constraint is not None and self.params.min_tokens and token in self.stop_ids:
+            self.must_end = self.rule().only_end
         self.output_ids.append(token)
-        if self.counts is not None:
-            self.counts[token] += 1
-        if self._ahead:
-            del self._ahead[0]
 
     def draw(self, ahead: int) -> float:
         """The uniform number in [0, 1) of the token ``ahead`` places after the output."""
-        while len(self._ahead) <= ahead:
-            self._ahead.append(self._random.getrandbits(_DRAW_BITS) / 2**_DRAW_BITS)
-        return self._ahead[ahead]
+        index = np.array([len(self.output_ids) + ahead], np.int64)
+        return float(uniforms(np.array([self.stream], np.uint64), index)[0])
 
 
-def _static_bias(params: SamplingParams, vocab: int, device: torch.device | str) -> Tensor | None:
-    """Bias (V,) that never changes: -inf outside ``allowed_token_ids``, plus ``logit_bias``."""
-    if params.allowed_token_ids is None and not params.logit_bias:
-        return None
-    bias = torch.zeros(vocab, dtype=torch.float32)
-    if params.allowed_token_ids is not None:
-        bias.fill_(-torch.inf)
-        bias[list(params.allowed_token_ids)] = 0
-    for token, value in (params.logit_bias or {}).items():
-        bias[token] += value
-    return bias.to(device)
+def _kind(params: SamplingParams) -> Kind:
+    if params.greedy:
+        return "greedy"
+    if params.top_k:
+        return "top_k"
+    return "sorted" if params.top_p < 1 or params.min_p > 0 else "plain"

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qnext.engine.request import Sequence as Generation
-from qnext.engine.sampler import argmax
+from qnext.engine.sampler import argmax, greedy_drafts
+from qnext.engine.sampling_state import Row
 from qnext.errors import ConfigError
 from qnext.layers.model import CausalLM
 from qnext.layers.packed import PackedBatch
@@ -115,24 +116,33 @@ class Drafter:
     def _draft(self, hidden: Tensor, spans: Sequence[Span], state: ModelState) -> None:
         """Steps 1..k: a draft from each row of ``hidden`` (N, H), fed back as the next row."""
         active = list(range(len(spans)))
+        ruled = any(span.sequence.sampling.constraint is not None for span in spans)
         owners: list[int] = []
         found: list[Tensor] = []
         place = 0
         while True:
-            ids = argmax(self.model.logits(hidden)[:, : self.vocab_size].float())
-            owners += active
-            found.append(ids)
+            logits = self.model.logits(hidden)[:, : self.vocab_size].float()
+            if ruled:  # the rules of the next draft depend on this one
+                chosen = [spans[n].sequence for n in active]
+                ids = greedy_drafts(logits, [Row(s.sampling, s.drafts) for s in chosen])
+                for sequence, token in zip(chosen, ids.tolist(), strict=True):
+                    sequence.drafts.append(token)
+            else:
+                ids = argmax(logits)
+                owners += active
+                found.append(ids)
             place += 1
             rows = [row for row, n in enumerate(active) if spans[n].num_drafts > place]
             if not rows:
                 break
             if len(rows) < len(active):
                 hidden, ids, active = hidden[rows], ids[rows], [active[row] for row in rows]
-            chosen = [spans[n] for n in active]
-            contexts = [s.start + s.num_rows + place - 1 for s in chosen]
-            hidden = self._run(hidden, ids, contexts, [1] * len(chosen), chosen, state)
-        for n, token in zip(owners, torch.cat(found).tolist(), strict=True):
-            spans[n].sequence.drafts.append(token)
+            going = [spans[n] for n in active]
+            contexts = [s.start + s.num_rows + place - 1 for s in going]
+            hidden = self._run(hidden, ids, contexts, [1] * len(going), going, state)
+        if found:
+            for n, token in zip(owners, torch.cat(found).tolist(), strict=True):
+                spans[n].sequence.drafts.append(token)
         if self.override is not None:
             for span in spans:
                 span.sequence.drafts = self.override(span.sequence, span.sequence.drafts)

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qnext.engine.filters import process_logits
-from qnext.engine.sampler import Sampler, probs, top_logprobs
+from qnext.engine.sampler import Sampler, probs, process_logits, top_logprobs
 from qnext.engine.sampling_params import SamplingParams
 from qnext.engine.sampling_state import Row, SamplingState
 
