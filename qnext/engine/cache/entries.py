@@ -105,7 +105,7 @@ class Lease:
         plans: those that the piece beginning at ``planned_from`` saves.
         registered: blocks that were offered to the index.
         boundary: positions below it commit without further work.
-        published: nodes and snapshots that came from it.
+        published: snapshots that came from it.
         attached: the snapshot it began from.
     """
 
@@ -122,7 +122,7 @@ class Lease:
     planned_from: int = -1
     registered: int = 0
     boundary: int = 0
-    published: list[Node | Snapshot] = field(default_factory=list)
+    published: list[Snapshot] = field(default_factory=list)
     attached: Snapshot | None = None
     keys: list[bytes] = field(default_factory=list)
 

@@ -82,21 +82,21 @@ class PrefixIndex:
                 if snapshot and end <= stop and tail == tuple(tokens[node.end : end]):
                     yield snapshot
 
-    def insert(self, parent: Node, key: bytes, block: int) -> Node | None:
+    def insert(self, parent: Node, key: bytes, block: int) -> Node:
         """Make a full block known.
 
         A block that is known already stays private to its sequence, unless nobody uses the known
         one: then the two change places, and the old one is free.
 
         Returns:
-            the node if it now stands for ``block`` and did not before.
+            the node of that key.
         """
         node = self.nodes.get(key)
         if node is None:
             node = Node(key, parent, parent.end + self.block_size, block)
             self.nodes[key] = parent.children[key] = node
         elif node.block == block or self.blocks.refs[node.block]:
-            return None
+            return node
         else:
             del self.node_of[node.block]
             self.blocks.unhold(node.block)
@@ -135,11 +135,9 @@ class PrefixIndex:
             self.blocks.hold(snapshot.block)
         return snapshot
 
-    def alive(self, entry: Node | Snapshot) -> bool:
-        """Whether the index still has this very entry."""
-        if isinstance(entry, Snapshot):
-            return entry.slot >= 0
-        return entry.parent is None or self.nodes.get(entry.key) is entry
+    def alive(self, node: Node) -> bool:
+        """Whether the index still has this very node."""
+        return node.parent is None or self.nodes.get(node.key) is node
 
     def evict_snapshot(self, snapshot: Snapshot) -> None:
         """Give a snapshot's slot back to the pool."""

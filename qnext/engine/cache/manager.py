@@ -389,10 +389,7 @@ class CacheManager:
             if block in self.blocks.tainted:
                 return None
             parent = nodes[lease.key(place)] if place else lease.root
-            entered = self.index.insert(parent, lease.key(place + 1), block)
-            if entered is not None:
-                lease.published.append(entered)
-            node = nodes[lease.key(place + 1)]
+            node = self.index.insert(parent, lease.key(place + 1), block)
         return node
 
     # ---------------------------------------------------------------- it ends
@@ -421,15 +418,18 @@ class CacheManager:
         self._leave(lease)
 
     def _forget(self, lease: Lease) -> None:
+        """Drop and zero what a poisoned sequence wrote, whoever made it known."""
+        index = self.index
         slots = [lease.slot, *(plan.slot for plan in lease.plans)]
-        self.blocks.tainted.update(lease.table[lease.hit // self.block_size :])
-        for entry in (lease.attached, *lease.published):
-            if entry is None or not self.index.alive(entry):
-                continue
-            if isinstance(entry, Snapshot):
-                slots.append(self.index.drop_snapshot(entry))
-            else:
-                slots += self.index.drop_node(entry)
+        own = lease.table[lease.hit // self.block_size :]
+        self.blocks.tainted.update(own)
+        for block in own:
+            slots += [index.drop_snapshot(found) for found in list(index.tails.get(block, ()))]
+            if (node := index.node_of.get(block)) is not None:
+                slots += index.drop_node(node)
+        for snapshot in (lease.attached, *lease.published):
+            if snapshot is not None and snapshot.slot >= 0:
+                slots.append(index.drop_snapshot(snapshot))
         for slot in slots:
             self.tensors.reset_slot(slot)
 

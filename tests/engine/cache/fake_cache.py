@@ -91,7 +91,9 @@ class World:
         self.tokens[seq], self.salts[seq] = tokens, salt
         limit = len(tokens) if max_cached is None else max_cached
         assert 0 <= cached <= limit
-        if self.tensors.states[self.cache.slot(seq)] == NAN:
+        table = self.cache.block_table(seq)
+        rows = [self.tensors.rows[table[r // self.size]][r % self.size] for r in range(cached)]
+        if NAN in (self.tensors.states[self.cache.slot(seq)], *rows):
             assert self.poisoned, "the values of a discarded sequence are back"
             self.poisoned.add(seq)
         self.look(seq)
