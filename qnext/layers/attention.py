@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qnext.config import ModelConfig
-from qnext.kernels.attention import varlen_attention
-from qnext.kernels.attention.reference import attend
+from qnext.kernels.attention import paged_attention, varlen_attention
 from qnext.kernels.rotary import apply_rotary
 from qnext.layers.norm import RMSNorm
 from qnext.layers.packed import PackedBatch
@@ -50,29 +49,16 @@ class GatedAttention(nn.Module):
         v = self.v_proj(x).view(tokens, self.num_kv_heads, -1)
         q = apply_rotary(self.q_norm(q), *rotary)
         k = apply_rotary(self.k_norm(k), *rotary)
-        if state is None or batch.slots is None:
+        scale = self.head_dim**-0.5
+        if state is None or batch.index is None:
             bounds = batch.cu_seqlens
-            scale = self.head_dim**-0.5
             out = varlen_attention(q, k, v, bounds, bounds, scale, batch.max_length)
         else:
-            out = self._cached(q, k, v, batch, state)
+            state.store(batch.index.slot_mapping, k, v)
+            out = paged_attention(
+                q, state.k, state.v, batch.index.block_tables, batch.context_lens,
+                batch.lengths, scale, batch.index.kv_shift,
+            )  # fmt: skip
         if gate is not None:
             out = out * gate.sigmoid()
         return self.o_proj(out.reshape(tokens, -1))
-
-    def _cached(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, state: KVCache
-    ) -> Tensor:
-        """Store the new rows, then attend over everything each slot holds."""
-        assert batch.slots is not None
-        outputs, start = [], 0
-        for slot, new, past in zip(batch.slots, batch.lengths, batch.context_lens, strict=True):
-            stop, total = start + new, past + new
-            state.k[slot, past:total] = k[start:stop]
-            state.v[slot, past:total] = v[start:stop]
-            keys, values = state.k[slot, :total], state.v[slot, :total]
-            if keys.dtype != q.dtype:
-                keys, values = keys.to(q.dtype), values.to(q.dtype)
-            outputs.append(attend(q[start:stop], keys, values, self.head_dim**-0.5))
-            start = stop
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -10,11 +10,8 @@ from qnext.config import ModelConfig
 from qnext.kernels.causal_conv import causal_conv
 from qnext.kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from qnext.layers.norm import GatedRMSNorm
-from qnext.layers.packed import PackedBatch
-from qnext.layers.state import DeltaState
-
-# Up to this many new tokens a sequence, token by token is cheaper than one chunk of 64.
-RECURRENT_TOKENS = 12
+from qnext.layers.packed import CacheIndex, PackedBatch
+from qnext.layers.state import DeltaState, Pending
 
 
 class GatedDeltaNet(nn.Module):
@@ -48,48 +45,59 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, state: DeltaState | None) -> Tensor:
         """(T, hidden) -> (T, hidden); ``state`` is read and advanced if there is one."""
-        tokens = len(x)
         qkv, z = self.in_proj_qkv(x), self.in_proj_z(x)
         beta, g = self.gates(self.in_proj_b(x), self.in_proj_a(x))
-        slots = self._slots(batch, x.device)
-        cached = state is not None and slots is not None
-        window = state.conv_state[slots] if state is not None and cached else None
-        mixed, conv_end = causal_conv(qkv, self.conv1d.weight.squeeze(1), batch.cu_seqlens, window)
-        q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
-        q = l2_normalise(q.view(tokens, self.num_k_heads, -1)) * self.head_k_dim**-0.5
-        k = l2_normalise(k.view(tokens, self.num_k_heads, -1))
-        v = v.view(tokens, self.num_v_heads, -1)
-        start = state.recurrent_state[slots] if state is not None and cached else None
-        if state is None or not cached:
+        if state is None or batch.index is None:
+            mixed, _ = causal_conv(qkv, self.conv1d.weight.squeeze(1), batch.cu_seqlens)
+            q, k, v = self._heads(mixed)
             out, _ = chunk_gated_delta_rule(q, k, v, g, beta, batch.cu_seqlens)
-        elif batch.trace:
-            out, *_, state.traced_states = recurrent_gated_delta_rule(
-                q, k, v, g, beta, batch.cu_seqlens, start, return_states=True
-            )
-            state.traced_inputs = qkv
         else:
-            short = batch.max_length <= RECURRENT_TOKENS
-            rule = recurrent_gated_delta_rule if short else chunk_gated_delta_rule
-            out, end, *_ = rule(q, k, v, g, beta, batch.cu_seqlens, start)
+            out = self._cached(qkv, g, beta, batch.index, state)
+        out = self.norm(out, z.view(len(x), self.num_v_heads, -1))
+        return self.out_proj(out.reshape(len(x), -1))
+
+    def _cached(
+        self, qkv: Tensor, g: Tensor, beta: Tensor, index: CacheIndex, state: DeltaState
+    ) -> Tensor:
+        """Advance the slots round by round: (T, C), (T, Hv), (T, Hv) -> (T, Hv, dv)."""
+        whole = len(index.rounds) == 1
+        out = qkv.new_empty(0 if whole else len(qkv), self.num_v_heads, self.head_v_dim)
+        state.pending = []
+        for part in index.rounds:
+            rows, slots = part.rows, part.slots
+            inputs, window = qkv[rows], state.conv_state[slots]
+            mixed, window = causal_conv(
+                inputs, self.conv1d.weight.squeeze(1), part.cu_seqlens, window
+            )
+            q, k, v = self._heads(mixed)
+            rule = recurrent_gated_delta_rule if part.short else chunk_gated_delta_rule
+            start, decay, write = state.recurrent_state[slots], g[rows], beta[rows]
+            found, end, *_ = rule(q, k, v, decay, write, part.cu_seqlens, start)
+            if whole:
+                out = found
+            else:
+                out[rows] = found
+            if part.provisional:
+                state.pending.append(Pending(part, k, v, decay, write, inputs))
+                continue
             state.recurrent_state[slots] = end.to(state.recurrent_state.dtype)
-            state.conv_state[slots] = conv_end.to(state.conv_state.dtype)
-        out = self.norm(out, z.view(tokens, self.num_v_heads, -1))
-        return self.out_proj(out.reshape(tokens, -1))
+            state.conv_state[slots] = window.to(state.conv_state.dtype)
+            for slot, snapshot in part.saves:
+                state.copy(slot, snapshot)
+        return out
+
+    def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, C) after the convolution -> q, k (T, Hk, dk) normalised, v (T, Hv, dv)."""
+        q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
+        q = l2_normalise(q.view(len(mixed), self.num_k_heads, -1)) * self.head_k_dim**-0.5
+        k = l2_normalise(k.view(len(mixed), self.num_k_heads, -1))
+        return q, k, v.view(len(mixed), self.num_v_heads, -1)
 
     def gates(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """Write strength beta and log decay g, (T, Hv) fp32 each (spec section 4.3)."""
         wide = torch.float64 if b.dtype == torch.float64 else torch.float32
         decay = -self.A_log.to(wide).exp()
         return b.sigmoid().to(wide), decay * F.softplus(a.to(wide) + self.dt_bias.to(wide))
-
-    @staticmethod
-    def _slots(batch: PackedBatch, device: torch.device) -> Tensor | slice | None:
-        """Index of the batch's slots; one slot is a slice, so that nothing is copied."""
-        if batch.slots is None:
-            return None
-        if len(batch.slots) == 1:
-            return slice(batch.slots[0], batch.slots[0] + 1)
-        return torch.tensor(batch.slots, device=device)
 
 
 class DepthwiseConv(nn.Module):

@@ -20,9 +20,7 @@ from qnext.layers.model import CausalLM
 from qnext.layers.moe import SparseMoe
 from qnext.layers.norm import RMSNorm
 from qnext.layers.packed import PackedBatch
-from qnext.layers.state import DeltaState, KVCache, ModelState
-
-NO_TRACE = np.empty((0, 0, 0, 0), np.float32)
+from qnext.layers.state import DeltaState, KVCache, ModelState, Pending
 
 
 def fuse(model: CausalLM) -> bool:
@@ -65,8 +63,13 @@ class FusedModel:
     @staticmethod
     def fits(rows: int, state: ModelState | None = None, batch: PackedBatch | None = None) -> bool:
         """Whether these rows are for the loops."""
-        cached = batch is None or (state is not None and batch.slots is not None)
-        return cached and 0 < rows <= small_batch.MAX_ROWS and not torch.is_grad_enabled()
+        if not 0 < rows <= small_batch.MAX_ROWS or torch.is_grad_enabled():
+            return False
+        if batch is None:
+            return True
+        index = batch.index
+        plain = index is not None and not any(part.saves for part in index.rounds)
+        return plain and state is not None and state.plain
 
     def run(self, h: Tensor, batch: PackedBatch, state: ModelState) -> Tensor:
         """All decoder layers and the final norm: embeddings (T, hidden) -> (T, hidden)."""
@@ -109,22 +112,28 @@ class FusedModel:
         if last >= self._table.shape[1]:
             span = torch.arange(max(1024, 2 * last))
             self._table = torch.stack(self._rotary(span, torch.float32)).numpy()
+        index = batch.index
+        assert index is not None
         return FusedStep(
-            batch.cu_seqlens.numpy(), np.array(batch.slots), np.array(batch.context_lens),
-            self._table[0, positions], self._table[1, positions], batch.trace,
+            batch, batch.cu_seqlens.numpy(), np.array(index.slots), index.block_tables.numpy(),
+            np.array(batch.context_lens), index.kv_shift, self._table[0, positions],
+            self._table[1, positions], np.array(index.provisional),
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class FusedStep:
-    """A packed batch as arrays: bounds, slots, cached tokens, cos and sin of every row."""
+    """A packed batch as arrays: where the past of each sequence is, cos and sin of every row."""
 
+    batch: PackedBatch
     bounds: Any
     slots: Any
+    tables: Any
     pasts: Any
+    shift: int
     cos: Any
     sin: Any
-    trace: bool
+    provisional: Any
 
 
 class FusedLayer:
@@ -158,7 +167,6 @@ class FusedLayer:
                 _matrix(a.o_proj.weight),
             )
             self._gated = a.gated
-        self._traced = NO_TRACE
         self._mlp_norm = _norm(layer.post_attention_layernorm)
         mlp = layer.mlp
         self._sparse = isinstance(mlp, SparseMoe)
@@ -188,7 +196,8 @@ class FusedLayer:
         else:
             self._loops.attention(
                 rows, self._mixer_norm, *self._mixer, self._eps, self._gated, step.cos, step.sin,
-                step.bounds, step.slots, step.pasts, state.k.numpy(), state.v.numpy(),
+                step.bounds, step.tables, step.pasts, step.shift, state.k.numpy(),
+                state.v.numpy(),
             )  # fmt: skip
         if self._sparse:
             self._loops.moe(rows, self._mlp_norm, *self._mlp, self._eps, *self._route)
@@ -197,19 +206,29 @@ class FusedLayer:
 
     def _delta_net(self, rows: Any, step: FusedStep, state: DeltaState) -> None:
         recurrent, conv = state.recurrent_state.numpy(), state.conv_state.numpy()
-        traced = NO_TRACE
-        if step.trace:
-            if len(self._traced) < len(rows):
-                self._traced = np.empty((len(rows), *recurrent.shape[1:]), np.float32)
-            traced = self._traced[: len(rows)]  # kept: fresh pages cost more than the step
-        qkv = np.empty((len(rows), conv.shape[1]), np.float32)
+        state.pending = []
+        kept = 0
+        if step.provisional.any():
+            kept = len(rows)
+        qkv = np.empty((kept, conv.shape[1]), np.float32)
+        key_heads, dk, dv = self._shape
+        heads = recurrent.shape[1]
+        k = np.empty((kept, key_heads, dk), np.float32)
+        v = np.empty((kept, heads, dv), np.float32)
+        g, beta = np.empty((2, kept, heads), np.float32)
         self._loops.delta_net(
             rows, self._mixer_norm, *self._mixer, self._eps, *self._shape, step.bounds,
-            step.slots, conv, recurrent, traced, qkv,
+            step.slots, conv, recurrent, step.provisional, qkv, k, v, g, beta,
         )  # fmt: skip
-        if step.trace:
-            state.traced_states = torch.from_numpy(traced)
-            state.traced_inputs = torch.from_numpy(qkv)
+        if kept:
+            index = step.batch.index
+            assert index is not None
+            arrays = [torch.from_numpy(x) for x in (k, v, g, beta, qkv)]
+            state.pending = [
+                Pending(part, *(x[part.rows] for x in arrays))
+                for part in index.rounds
+                if part.provisional
+            ]
 
 
 def _array(weight: Tensor) -> Any:

@@ -131,7 +131,8 @@ class CausalLM(nn.Module):
         Args:
             hidden: (T, hidden) normed states H_i, or the module's own last output.
             next_ids: (T,) the tokens at i + 1.
-            batch: positions i; its context lengths are those of the MTP cache.
+            batch: positions i; its context lengths are those of the MTP cache, whose rows lie one
+                place further on (``kv_shift=1``).
             state: holds the MTP cache.
             aux: collects router statistics.
 
@@ -174,22 +175,37 @@ class CausalLM(nn.Module):
         return CausalLMOutput(logits, kept)
 
     def new_state(
-        self, num_slots: int, capacity: int, dtype: torch.dtype | None = None
+        self,
+        num_slots: int,
+        capacity: int = 0,
+        dtype: torch.dtype | None = None,
+        *,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> ModelState:
-        """Empty state for ``num_slots`` sequences of up to ``capacity`` tokens.
+        """Empty state.
 
         Args:
-            num_slots: sequences that can run at once.
-            capacity: tokens of KV a slot can hold (it can grow later).
-            dtype: of keys, values and convolution inputs; default the model's. Recurrent
-                states are always fp32 (spec section 11.6).
+            num_slots: sequences and snapshots it can hold.
+            capacity: tokens of KV for every slot, where ``num_blocks`` is not given.
+            dtype: of convolution inputs and hidden states; default the model's.
+            block_size: tokens of a KV block.
+            num_blocks: KV blocks in all; they belong to whoever the caller says.
+            kv_dtype: of keys and values; default ``dtype``.
+            state_dtype: of recurrent states; default fp32 (spec section 11.6).
         """
         c, dtype = self.config, dtype or self.dtype
         place: dict[str, Any] = {"dtype": dtype, "device": self.device}
+        if num_blocks is None:
+            # One row more than the tokens: the MTP layer stores its rows one place further on.
+            num_blocks = num_slots * (capacity // block_size + 1)
 
         def kv() -> KVCache:
-            shape = (num_slots, capacity, c.num_key_value_heads, c.head_dim)
-            return KVCache(torch.zeros(shape, **place), torch.zeros(shape, **place))
+            shape = (num_blocks, block_size, c.num_key_value_heads, c.head_dim)
+            kind = {"dtype": kv_dtype or dtype, "device": self.device}
+            return KVCache(torch.zeros(shape, **kind), torch.zeros(shape, **kind))
 
         def delta() -> DeltaState:
             heads, dk, dv = (
@@ -198,11 +214,12 @@ class CausalLM(nn.Module):
                 c.linear_value_head_dim,
             )
             channels = 2 * c.linear_num_key_heads * dk + heads * dv
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            wide = torch.float64 if dtype == torch.float64 else state_dtype or torch.float32
             return DeltaState(
                 torch.zeros(num_slots, heads, dk, dv, dtype=wide, device=self.device),
                 torch.zeros(num_slots, channels, c.linear_conv_kernel_dim - 1, **place),
             )
 
         layers = [kv() if kind == "full_attention" else delta() for kind in c.layer_types]
-        return ModelState(layers, kv() if self.mtp is not None else None, num_slots, capacity)
+        hidden = torch.zeros(num_slots, c.hidden_size, **place)
+        return ModelState(layers, kv() if self.mtp is not None else None, hidden, block_size)

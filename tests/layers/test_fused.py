@@ -14,7 +14,6 @@ from qnext.checkpoint import build_model
 from qnext.config import ModelConfig
 from qnext.layers.fused import FusedModel, fuse
 from qnext.layers.model import CausalLM
-from qnext.layers.packed import PackedBatch
 
 SIBLINGS = {
     "qwen3_next": {},
@@ -46,20 +45,20 @@ def _run(model: CausalLM) -> list[torch.Tensor]:
     with torch.inference_mode():
         state = model.new_state(3, 128)
         past, place = [20, 9], 29
-        batch = PackedBatch.of(past, slots=[2, 0])
+        batch = state.batch(past, slots=[2, 0])
         found.append(model.hidden_states(ids[:29], batch, state))
         steps = [([1, 1], None), ([3, 2], [2, 1]), ([1, 2], None), ([4, 4], [4, 0]), ([1], None)]
         for lengths, accepted in steps:
             slots = [2, 0][: len(lengths)]
-            batch = PackedBatch.of(
-                lengths,
-                context_lens=past[: len(lengths)],
-                slots=slots,
-                trace=accepted is not None,
-            )
+            flags = [accepted is not None] * len(lengths)
+            where: dict[str, Any] = {"context_lens": past[: len(lengths)], "slots": slots}
+            batch = state.batch(lengths, **where, provisional=flags)
             rows = ids[place : place + sum(lengths)]
             hidden = model.hidden_states(rows, batch, state)
-            found += [hidden, model.logits(hidden), model.draft_states(hidden, rows, batch, state)]
+            drafted = model.draft_states(
+                hidden, rows, state.batch(lengths, **where, kv_shift=1), state
+            )
+            found += [hidden, model.logits(hidden), drafted]
             if accepted is not None:
                 state.commit(batch, accepted)
             kept = accepted or lengths
@@ -101,8 +100,8 @@ def test_not_for_bfloat16_or_gradients() -> None:
     assert not fuse(model.bfloat16())
     model = model.float()
     assert fuse(model)
-    batch = PackedBatch.of([2], slots=[0])
     state = model.new_state(1, 8)
+    batch = state.batch([2], slots=[0])
     hidden = model.hidden_states(torch.tensor([1, 2]), batch, state)
     assert hidden.requires_grad
 

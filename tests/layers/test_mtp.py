@@ -120,7 +120,7 @@ def test_drafting_k_tokens(model: CausalLM, k: int, tmp_path: Path) -> None:
     state, past, expected, drafts = model.new_state(2, 32), 0, [], []
     new, tokens = hidden, ids[1:]
     for _ in range(k):
-        batch = PackedBatch.of([len(tokens)], context_lens=[past], slots=[1])
+        batch = state.batch([len(tokens)], context_lens=[past], slots=[1], kv_shift=1)
         m = model.draft_states(new, tokens, batch, state)[-1:]
         past += len(tokens)
         drafts.append(int(model.logits(m).argmax()))
@@ -141,7 +141,7 @@ def test_its_cache_in_pieces_equals_the_whole(model: CausalLM, pieces: list[int]
     expected = model.draft_states(hidden, ids[1:], PackedBatch.of([11]))
     state, past, found = model.new_state(1, 16), 0, []
     for h, t in zip(hidden.split(pieces), ids[1:].split(pieces), strict=True):
-        batch = PackedBatch.of([len(t)], context_lens=[past], slots=[0])
+        batch = state.batch([len(t)], context_lens=[past], slots=[0], kv_shift=1)
         found.append(model.draft_states(h, t, batch, state))
         past += len(t)
     close(torch.cat(found), expected)
@@ -152,11 +152,11 @@ def test_rejected_rows_are_overwritten() -> None:
     hidden = whole(MODEL, ids[:-1])
     expected = MODEL.draft_states(hidden, ids[1:], PackedBatch.of([11]))
     state = MODEL.new_state(1, 16)
-    first = PackedBatch.of([6], context_lens=[0], slots=[0])
+    first = state.batch([6], context_lens=[0], slots=[0], kv_shift=1)
     MODEL.draft_states(hidden[:6], ids[1:7], first, state)
-    wrong = PackedBatch.of([4], context_lens=[6], slots=[0])
+    wrong = state.batch([4], context_lens=[6], slots=[0], kv_shift=1)
     MODEL.draft_states(hidden[:4], ids[:4], wrong, state)
-    again = PackedBatch.of([5], context_lens=[6], slots=[0])
+    again = state.batch([5], context_lens=[6], slots=[0], kv_shift=1)
     close(MODEL.draft_states(hidden[6:], ids[7:], again, state), expected[6:])
 
 

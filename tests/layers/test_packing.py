@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise, product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,8 +29,14 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def feed(model: CausalLM, state: ModelState, slot: int, ids: Tensor, past: int) -> Tensor:
-    batch = PackedBatch.of([len(ids)], context_lens=[past], slots=[slot])
+    batch = state.batch([len(ids)], context_lens=[past], slots=[slot])
     return model.hidden_states(ids, batch, state)
+
+
+def rows_of(state: ModelState, slot: int, cache: Tensor) -> Tensor:
+    """The KV rows of a slot in ``ModelState.batch``'s layout."""
+    share = state.num_blocks // state.num_slots
+    return cache[slot * share : (slot + 1) * share].flatten(0, 1)
 
 
 def assert_same_slots(a: ModelState, i: int, b: ModelState, j: int, tokens: int) -> None:
@@ -40,8 +47,8 @@ def assert_same_slots(a: ModelState, i: int, b: ModelState, j: int, tokens: int)
         else:
             assert isinstance(x, KVCache)
             assert isinstance(y, KVCache)
-            close(x.k[i, :tokens], y.k[j, :tokens])
-            close(x.v[i, :tokens], y.v[j, :tokens])
+            for of in (lambda cache: cache.k, lambda cache: cache.v):
+                close(rows_of(a, i, of(x))[:tokens], rows_of(b, j, of(y))[:tokens])
 
 
 @by_model
@@ -77,8 +84,8 @@ def test_a_ragged_batch_equals_its_sequences_alone(model: CausalLM, lengths: lis
         if not live:
             continue
         counts = [new[n] for n in live]
-        batch = PackedBatch.of(counts, context_lens=[past[n] for n in live],
-                               slots=[slots[n] for n in live])  # fmt: skip
+        batch = state.batch(counts, context_lens=[past[n] for n in live],
+                            slots=[slots[n] for n in live])  # fmt: skip
         out = model.hidden_states(
             torch.cat([parts[n][past[n] : past[n] + new[n]] for n in live]), batch, state
         )
@@ -99,7 +106,7 @@ def test_rows_of_a_padded_free_batch_equal_rows_alone() -> None:
 
 @by_model
 @pytest.mark.parametrize("accepted", list(product(range(4), range(3))))
-def test_commit_after_a_traced_batch_equals_the_plain_run(
+def test_commit_after_a_provisional_batch_equals_the_plain_run(
     model: CausalLM, accepted: tuple[int, int]
 ) -> None:
     prefixes, drafts = (70, 2), (3, 2)
@@ -112,7 +119,7 @@ def test_commit_after_a_traced_batch_equals_the_plain_run(
         torch.cat([t[p : p + a], (t[p + a : p + n] + 1) % model.config.vocab_size])
         for t, p, n, a in zip(texts, prefixes, drafts, accepted, strict=True)
     ]
-    batch = PackedBatch.of(drafts, context_lens=prefixes, slots=slots, trace=True)
+    batch = state.batch(drafts, context_lens=prefixes, slots=slots, provisional=[True, True])
     out = model.hidden_states(torch.cat(wrong), batch, state)
     for rows, ids, text, past in zip(out.split(drafts), wrong, texts, prefixes, strict=True):
         close(rows, whole(model, torch.cat([text[:past], ids]))[past:])
@@ -126,19 +133,19 @@ def test_commit_after_a_traced_batch_equals_the_plain_run(
         close(after, whole(model, text)[past + count :])
 
 
-def test_a_traced_batch_leaves_recurrent_states_alone_until_commit() -> None:
+def test_a_provisional_batch_leaves_recurrent_states_alone_until_commit() -> None:
     state, ids = MODEL.new_state(1, 16), draw_ids(MODEL, 12)
     feed(MODEL, state, 0, ids[:8], 0)
     layer = state.layers[0]
     assert isinstance(layer, DeltaState)
     before = layer.recurrent_state.clone(), layer.conv_state.clone()
-    batch = PackedBatch.of([4], context_lens=[8], slots=[0], trace=True)
+    batch = state.batch([4], context_lens=[8], slots=[0], provisional=[True])
     MODEL.hidden_states(ids[8:], batch, state)
     assert torch.equal(layer.recurrent_state, before[0])
     assert torch.equal(layer.conv_state, before[1])
     state.commit(batch, [4])
     assert not torch.equal(layer.recurrent_state, before[0])
-    assert layer.traced_states is None
+    assert not layer.pending
 
 
 def test_the_window_holds_the_last_inputs_of_the_convolution() -> None:
@@ -154,13 +161,76 @@ def test_the_window_holds_the_last_inputs_of_the_convolution() -> None:
 
 
 @by_model
-def test_copied_slots_go_their_own_ways(model: CausalLM) -> None:
+def test_copied_slots_and_blocks_go_their_own_ways(model: CausalLM) -> None:
     state, ids = model.new_state(3, 40), draw_ids(model, 30)
     feed(model, state, 0, ids[:20], 0)
     state.copy_slot(0, 2)
+    share = state.num_blocks // state.num_slots
+    for block in range(share):
+        state.copy_block(block, 2 * share + block)
     other = draw_ids(model, 10, seed=5)
     close(feed(model, state, 0, other, 20), whole(model, torch.cat([ids[:20], other]))[20:])
     close(feed(model, state, 2, ids[20:], 20), whole(model, ids)[20:])
+
+
+@by_model
+@settings(max_examples=25)
+@given(st.data())
+def test_blocks_in_any_order_and_snapshots_on_the_way(model: CausalLM, data: st.DataObject) -> None:
+    """Two sequences step together over shuffled blocks; one goes on later from a snapshot."""
+    lengths = [data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))]
+    size = data.draw(st.sampled_from([1, 4, 16]))
+    texts = [draw_ids(model, n + 8, seed=i) for i, n in enumerate(lengths)]
+    needed = [-(-(n + 8) // size) for n in lengths]
+    state = model.new_state(4, block_size=size, num_blocks=sum(needed) + 2)
+    order = data.draw(st.permutations(range(state.num_blocks)))
+    tables = np.zeros((2, max(needed)), np.int32)
+    tables[0, : needed[0]] = order[: needed[0]]
+    tables[1, : needed[1]] = order[needed[0] : sum(needed)]
+    after = data.draw(st.integers(1, lengths[0]))
+    batch = PackedBatch.cached(lengths, [0, 0], [1, 3], tables, size, saves=[(0, after, 2)])
+    found = model.hidden_states(torch.cat([t[:-8] for t in texts]), batch, state)
+    close(found, torch.cat([whole(model, t[:-8]) for t in texts]))
+
+    batch = PackedBatch.cached([8, 8], lengths, [1, 3], tables, size)
+    found = model.hidden_states(torch.cat([t[-8:] for t in texts]), batch, state)
+    close(found, torch.cat([whole(model, t)[-8:] for t in texts]))
+
+    # From the snapshot another text: rows of the blocks past it are overwritten.
+    other = draw_ids(model, 5, seed=9)
+    count = min(5, needed[0] * size - after)
+    batch = PackedBatch.cached([count], [after], [2], tables[:1], size)
+    found = model.hidden_states(other[:count], batch, state)
+    close(found, whole(model, torch.cat([texts[0][:after], other[:count]]))[after:])
+
+
+@by_model
+def test_verification_prefill_and_decoding_in_one_batch(model: CausalLM) -> None:
+    texts = [draw_ids(model, n, seed=n) for n in (40, 33, 60)]
+    past, new, slots = [36, 30, 20], [4, 1, 40], [2, 0, 3]
+    state = model.new_state(4, 64)
+    for text, count, slot in zip(texts, past, slots, strict=True):
+        feed(model, state, slot, text[:count], 0)
+    batch = state.batch(
+        new, context_lens=past, slots=slots, provisional=[True, False, False], saves=[(2, 15, 1)]
+    )
+    ids = torch.cat([t[p : p + n] for t, p, n in zip(texts, past, new, strict=True)])
+    found = model.hidden_states(ids, batch, state)
+    pairs = zip(texts, past, new, strict=True)
+    close(found, torch.cat([whole(model, t[: p + n])[p:] for t, p, n in pairs]))
+    state.commit(batch, [2, 1, 40])
+    for slot, text, count in ((2, texts[0], 38), (0, texts[1], 31), (3, texts[2], 60)):
+        plain = model.new_state(1, 64)
+        feed(model, plain, 0, text[:count], 0)
+        assert_same_slots(state, slot, plain, 0, count)
+    for layer in state.delta_states:
+        assert not layer.pending
+    if state.delta_states:
+        plain = model.new_state(1, 64)
+        feed(model, plain, 0, texts[2][:35], 0)
+        for x, y in zip(state.delta_states, plain.delta_states, strict=True):
+            close(x.recurrent_state[1], y.recurrent_state[0])
+            close(x.conv_state[1], y.conv_state[0])
 
 
 @by_model
@@ -173,24 +243,6 @@ def test_a_reset_slot_starts_again(model: CausalLM) -> None:
     close(feed(model, state, 0, other, 0), whole(model, other))
     more = draw_ids(model, 5, seed=8)
     close(feed(model, state, 1, more, 30), whole(model, torch.cat([ids, more]))[30:])
-
-
-@by_model
-def test_capacity_grows_and_nothing_is_lost(model: CausalLM) -> None:
-    state, ids, past = model.new_state(2, 4), draw_ids(model, 50), 0
-    size = state.nbytes
-    found = []
-    for piece in ids.split([4, 1, 15, 30]):
-        state.ensure_capacity(past + len(piece))
-        assert state.capacity >= past + len(piece)
-        found.append(feed(model, state, 1, piece, past))
-        past += len(piece)
-    close(torch.cat(found), whole(model, ids))
-    assert state.nbytes > size
-    kv = next(layer for layer in state.layers if isinstance(layer, KVCache))
-    assert kv.k.shape[1] == state.capacity
-    if state.mtp is not None:
-        assert state.mtp.k.shape[1] == state.capacity
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,12 +6,14 @@ keys sees the keys up to ``total - new + i``. Query head h reads key head ``h //
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from qnext.kernels.attention import reference
 from qnext.kernels.select import use_triton
 
-__all__ = ["varlen_attention"]
+__all__ = ["paged_attention", "varlen_attention"]
 
 
 def varlen_attention(
@@ -44,3 +46,33 @@ def varlen_attention(
             longest = max_seqlen or len(k)
             return cuda.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, longest)
     return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Sequence[int],
+    lengths: Sequence[int],
+    scale: float,
+    kv_shift: int = 0,
+) -> Tensor:
+    """Attend over a cache in blocks that already holds the new tokens.
+
+    Args:
+        q: (T, H, D) queries of N sequences, one after the other.
+        k_cache: (blocks, block_size, Hkv, D), any floating dtype.
+        v_cache: (blocks, block_size, Hkv, D).
+        block_tables: (N, B) int32 blocks of each sequence, in order.
+        context_lens: N counts of tokens that were there before.
+        lengths: N counts of queries; query i of a sequence sees its first ``context + i + 1`` rows.
+        scale: factor on the scores.
+        kv_shift: first row of every sequence (1 for the MTP layer, see ``qnext.layers.state``).
+
+    Returns:
+        (T, H, D) in the dtype of q.
+    """
+    return reference.paged_attention(
+        q, k_cache, v_cache, block_tables, context_lens, lengths, scale, kv_shift
+    )

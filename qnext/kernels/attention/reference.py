@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,29 @@ def varlen_attention(
         attend(q[a:b], k[c:d], v[c:d], scale)
         for a, b, c, d in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False)
     ]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Sequence[int],
+    lengths: Sequence[int],
+    scale: float,
+    kv_shift: int = 0,
+) -> Tensor:
+    """See the contract in ``qnext.kernels.attention``: gathers, then one sequence after another."""
+    out, start, size = [], 0, k_cache.shape[1]
+    for n, (past, new) in enumerate(zip(context_lens, lengths, strict=True)):
+        total = kv_shift + past + new
+        blocks = block_tables[n, : -(-total // size)]
+        keys, values = (
+            cache[blocks].flatten(0, 1)[kv_shift:total].to(q.dtype) for cache in (k_cache, v_cache)
+        )
+        out.append(attend(q[start : start + new], keys, values, scale))
+        start += new
     return out[0] if len(out) == 1 else torch.cat(out)
 
 

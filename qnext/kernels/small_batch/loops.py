@@ -145,27 +145,31 @@ def delta_net(
     slots: Array,
     conv_state: Array,
     recurrent_state: Array,
-    traced: Array,
+    provisional: Array,
     qkv: Array,
+    kept_k: Array,
+    kept_v: Array,
+    kept_g: Array,
+    kept_beta: Array,
 ) -> None:
     """h += GatedDeltaNet(norm(h)), spec section 4.
 
     ``in_proj`` makes q|k|v, z, b, a in one product; ``conv`` is (K, C), ``decay`` is
-    -exp(A_log). With a non-empty ``traced`` (T, Hv, dk, dv) the slots stay as they are and the
-    state after every token goes there; ``qkv`` (T, C) gets the convolution's inputs.
+    -exp(A_log). The slots of provisional sequences stay as they are; their rows' inputs go to
+    ``qkv`` (T, C), ``kept_k`` (T, Hk, dk), ``kept_v`` (T, Hv, dv), ``kept_g`` and ``kept_beta``
+    (T, Hv), for ``DeltaState.commit``.
     """
     tokens, taps = h.shape[0], conv.shape[0]
     heads, channels = len(dt_bias), conv.shape[1]
     ratio, z_at = heads // key_heads, channels
     b_at = z_at + heads * dv
     a_at = b_at + heads
-    trace = traced.shape[0] > 0
     x = np.empty_like(h)
     u = np.empty((tokens, in_proj.shape[1]), np.float32)
     y = np.empty((tokens, heads * dv), np.float32)
     rms_norm(h, norm, eps, x)
     linear(x, in_proj, u)
-    qkv[:] = u[:, :channels]
+    scratch = np.empty((heads, dk, dv) if provisional.any() else (0, 0, 0), np.float32)
     mixed = np.empty(channels, np.float32)
     ahead = np.empty(dv, np.float32)
     past = np.empty((taps - 1, channels), np.float32)
@@ -173,10 +177,11 @@ def delta_net(
         slot = slots[n]
         past[:] = conv_state[slot].T
         state = recurrent_state[slot]
+        waits = provisional[n]
         for t in range(bounds[n], bounds[n + 1]):
-            # A traced step reads the state before it and writes its own copy.
-            after = traced[t] if trace else state
-            fresh, tap = qkv[t], conv[taps - 1]
+            # The first provisional token reads the slot, and writes a copy as the others do.
+            after = scratch if waits else state
+            fresh, tap = u[t, :channels], conv[taps - 1]
             for c in range(channels):
                 mixed[c] = tap[c] * fresh[c]
             for j in range(taps - 1):
@@ -197,6 +202,11 @@ def delta_net(
                     scale *= np.float32(1.0 / math.sqrt(dk))
                 for i in range(head * dk, head * dk + dk):
                     mixed[i] *= scale
+            if waits:
+                qkv[t] = fresh
+                for head in range(key_heads):
+                    at = (key_heads + head) * dk
+                    kept_k[t, head] = mixed[at : at + dk]
             for head in range(heads):
                 q = mixed[head // ratio * dk :]
                 k = mixed[(key_heads + head // ratio) * dk :]
@@ -206,6 +216,10 @@ def delta_net(
                 soft = step if step > 20 else np.float32(math.log1p(math.exp(step)))
                 gate = np.float32(math.exp(decay[head] * soft))
                 beta = sigmoid(u[t, b_at + head])
+                if waits:
+                    kept_v[t, head] = v[:dv]
+                    kept_g[t, head] = decay[head] * soft
+                    kept_beta[t, head] = beta
                 for j in range(dv):
                     ahead[j] = 0
                 for i in range(dk):
@@ -231,7 +245,7 @@ def delta_net(
                 for j in range(dv):
                     out[j] *= scale * out_norm[j] * z[j] * sigmoid(z[j])
             state = after
-        if not trace:
+        if not waits:
             conv_state[slot] = past.T
     add_linear(y, out_proj, h)
 
@@ -249,17 +263,19 @@ def attention(
     cos: Array,
     sin: Array,
     bounds: Array,
-    slots: Array,
+    tables: Array,
     pasts: Array,
+    shift: int,
     keys: Array,
     values: Array,
 ) -> None:
     """h += GatedAttention(norm(h)), spec section 3.
 
-    ``in_proj`` makes q (with gates), k, v; new keys and values go to their slots. ``keys`` and
-    ``values`` are (slots, capacity, Hkv, D); ``pasts`` tokens are cached already.
+    ``in_proj`` makes q (with gates), k, v; new keys and values go to the blocks of ``tables``
+    (N, B). ``keys`` and ``values`` are (blocks, block_size, Hkv, D); ``pasts`` tokens are cached
+    already, from row ``shift`` on.
     """
-    tokens = h.shape[0]
+    tokens, size = h.shape[0], keys.shape[1]
     kv_heads, dim = keys.shape[2], keys.shape[3]
     per_head = 2 * dim if gated else dim
     k_at = in_proj.shape[1] - 2 * kv_heads * dim
@@ -272,22 +288,23 @@ def attention(
     rms_norm(h, norm, eps, x)
     linear(x, in_proj, q)
     scale = np.float32(1.0 / math.sqrt(dim))
-    for n in range(len(slots)):
-        slot = slots[n]
+    for n in range(len(pasts)):
+        table = tables[n]
         for t in range(bounds[n], bounds[n + 1]):
             place = pasts[n] + t - bounds[n]
+            block, at = table[(place + shift) // size], (place + shift) % size
             for head in range(heads):
                 _turn(q[t, head * per_head : head * per_head + dim], q_norm, eps, cos[t], sin[t])
             for head in range(kv_heads):
                 part = q[t, k_at + head * dim : k_at + (head + 1) * dim]
                 _turn(part, k_norm, eps, cos[t], sin[t])
-                keys[slot, place, head] = part
-                values[slot, place, head] = q[t, v_at + head * dim : v_at + (head + 1) * dim]
+                keys[block, at, head] = part
+                values[block, at, head] = q[t, v_at + head * dim : v_at + (head + 1) * dim]
             scores = np.empty((ratio, place + 1), np.float32)
             for kv in range(kv_heads):
                 # The query heads of one key head together: keys and values are read once.
                 for s in range(place + 1):
-                    key = keys[slot, s, kv]
+                    key = keys[table[(s + shift) // size], (s + shift) % size, kv]
                     for r in range(ratio):
                         query = q[t, (kv * ratio + r) * per_head :]
                         total = np.float32(0)
@@ -303,7 +320,7 @@ def attention(
                     for s in range(place + 1):
                         line[s] /= total
                 for s in range(place + 1):
-                    value = values[slot, s, kv]
+                    value = values[table[(s + shift) // size], (s + shift) % size, kv]
                     for r in range(ratio):
                         out, weight = y[t, (kv * ratio + r) * dim :], scores[r, s]
                         for i in range(dim):
