@@ -13,6 +13,7 @@ from qnext.checkpoint.load import parse_dtype
 from qnext.config import ModelConfig
 from qnext.engine.sampling_params import SamplingParams
 from qnext.errors import ConfigError
+from qnext.layers.model import CausalLM
 
 _TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -76,6 +77,46 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch
         ConfigError: no floating dtype of that name.
     """
     return parse_dtype(dtype) or ("float32" if device.type == "cpu" else "auto")
+
+
+_KV_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+
+
+def resolve_kv_dtype(name: str) -> torch.dtype | None:
+    """The dtype of keys and values by vLLM's names; None for the model's own.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name not in _KV_DTYPES:
+        known = ", ".join(_KV_DTYPES)
+        raise ConfigError(f"kv_cache_dtype={name!r} is not known", hint=f"one of: {known}")
+    return _KV_DTYPES[name]
+
+
+_CPU_KV_BYTES = 2 << 30
+"""KV memory on a CPU; pages that are never used are never touched."""
+
+
+def default_num_blocks(
+    model: CausalLM, max_model_len: int, max_num_seqs: int, block_size: int
+) -> int:
+    """KV blocks: for all sequences at full length, as far as memory goes, and for one at least."""
+    config = model.config
+    layers = config.layer_types.count("full_attention") + (model.mtp is not None)
+    row = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize * max(layers, 1)
+    room = _CPU_KV_BYTES
+    if model.device.type == "cuda":
+        room = int(torch.cuda.mem_get_info(model.device)[0] * 0.6)
+    needed = -(-(max_model_len + 16) // block_size)
+    return max(needed, min(needed * max_num_seqs, room // (row * block_size)))
 
 
 def longest_context(config: ModelConfig) -> int:

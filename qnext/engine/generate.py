@@ -1,25 +1,31 @@
-"""The step loop: prompts are read in pieces, all running sequences decode together.
+"""The step loop. Engine owns model state, cache books, scheduler and runner, and knows token ids.
 
-Engine decides who runs; it knows token ids, not texts. A step is synchronous; llm.py calls it
-until its requests are finished. runner.py does the work of a step.
+A step is synchronous, and given seeds deterministic: scheduler.py chooses the rows, runner.py runs
+them. ``LLM`` calls ``step`` until its requests are finished; ``AsyncEngine`` calls it from a
+thread of its own.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections import deque
+from hashlib import blake2b
 
 import torch
 
+from qnext.engine.cache import CacheManager
 from qnext.engine.options import EngineOptions
 from qnext.engine.outputs import RequestMetrics
 from qnext.engine.request import Request, RequestText, Sequence
 from qnext.engine.runner import Runner
 from qnext.engine.sampling_params import SamplingParams
-from qnext.engine.slots import CacheSlots
+from qnext.engine.scheduler import PRIORITY_STEPS, Scheduler, Work
+from qnext.engine.speculative import DraftPolicy
 from qnext.engine.stats import EngineStats
+from qnext.engine.swap import SwapEstimate
+from qnext.engine.tensors import StateTensors
 from qnext.engine.validation import check_request
+from qnext.errors import ConfigError, RequestError
 from qnext.layers.model import CausalLM
 
 
@@ -29,21 +35,50 @@ class Engine:
     Args:
         model: in eval mode; its device is where everything runs.
         options: limits and vocabulary.
+
+    Raises:
+        ConfigError: the pools cannot hold one sequence of ``max_model_len``.
     """
 
     def __init__(self, model: CausalLM, options: EngineOptions) -> None:
         self.model, self.options = model, options
         self.stats = EngineStats()
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.slots = CacheSlots(
-            model,
-            max_slots=options.max_num_seqs,
-            max_tokens=options.max_model_len + options.num_speculative_tokens,
+        longest = options.max_model_len + options.num_speculative_tokens + 1
+        per_sequence = -(-longest // options.block_size)
+        num_blocks = options.num_blocks or per_sequence * options.max_num_seqs
+        if num_blocks < per_sequence:
+            most = num_blocks * options.block_size - longest + options.max_model_len
+            raise ConfigError(
+                f"num_blocks={num_blocks} of {options.block_size} tokens cannot hold one sequence"
+                f" of max_model_len={options.max_model_len}",
+                hint=f"max_model_len={most} or num_blocks={per_sequence} would do",
+            )
+        snapshots = options.num_snapshots if options.enable_prefix_caching else 0
+        self.state = model.new_state(
+            options.max_num_seqs + snapshots,
+            block_size=options.block_size,
+            num_blocks=num_blocks,
+            kv_dtype=options.kv_dtype,
         )
-        self._runner = Runner(model, options, self.slots, self.stats)
+        tensors = StateTensors(self.state)
+        self.cache = CacheManager(
+            tensors,
+            num_blocks=num_blocks,
+            block_size=options.block_size,
+            num_slots=self.state.num_slots,
+            needs_state=bool(self.state.delta_states),
+            enable_prefix_caching=options.enable_prefix_caching,
+            fingerprint=_fingerprint(model, options),
+            snapshot_interval=options.snapshot_interval,
+            turn_end_ids=frozenset(options.eos_token_ids),
+        )
+        swap = SwapEstimate(model, tensors, self.cache, options.preemption)
+        self.scheduler = Scheduler(options, self.cache, swap.pays)
+        self._runner = Runner(model, options, self.state, self.cache, self.stats)
+        self._drafts = DraftPolicy(options.num_speculative_tokens, options.adaptive_drafts)
         self._seeds = random.Random(options.seed)
-        self._next_id = 0
+        self._arrivals = 0
+        self._next_seq = 0
         self._stepping = False
 
     def add_request(
@@ -53,11 +88,19 @@ class Engine:
         *,
         prompt: str | None = None,
         text: RequestText | None = None,
+        priority: int = 0,
     ) -> Request:
         """Queue a request; refused at once if it can never be served.
 
+        Args:
+            prompt_token_ids: the prompt.
+            params: its parameters.
+            prompt: its text, given back with the output.
+            text: how tokens become text.
+            priority: lower goes first; 0 is usual.
+
         Raises:
-            RequestError: see validation.py.
+            RequestError: see validation.py, or it needs more blocks than there are.
         """
         options = self.options
         check_request(
@@ -68,13 +111,16 @@ class Engine:
             can_think=text is not None and text.thinking is not None,
             has_grammar=text is not None and text.grammar is not None,
         )
+        if type(priority) is not int:
+            raise RequestError(f"priority={priority!r} must be an integer; lower goes first")
         request = Request(
-            request_id=str(self._next_id),
+            request_id=str(self._arrivals),
             prompt=prompt,
             prompt_token_ids=prompt_token_ids,
             params=params,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
             text=text or RequestText(),
+            order=self._arrivals + priority * PRIORITY_STEPS,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
         request.start(
@@ -82,10 +128,12 @@ class Engine:
             eos_token_ids=options.eos_token_ids,
             max_model_len=options.max_model_len,
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            device=self._runner.device,
+            device=self.state.hidden.device,
+            first_id=self._next_seq,
         )
-        self._next_id += 1
-        self.waiting.extend(request.sequences)
+        self._next_seq += len(request.sequences)
+        self._arrivals += 1
+        self.scheduler.add(request.sequences)
         self.stats.num_requests += 1
         self.stats.num_prompt_tokens += len(prompt_token_ids)
         return request
@@ -97,102 +145,96 @@ class Engine:
         """
         for sequence in request.sequences:
             sequence.finish("abort")
-        self.waiting = deque(s for s in self.waiting if s.request is not request)
+        self.scheduler.drop_waiting(request)
+        if request.metrics.finished_time is None:
+            self._ended(request)
         if not self._stepping:
             self._leave()
 
     @property
     def has_work(self) -> bool:
         """Whether anything is waiting or running."""
-        return bool(self.waiting or self.running)
+        return self.scheduler.has_work
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """One prefill piece and one decode step.
+    def step(self) -> list[Sequence]:
+        """Run one batch.
 
         After an exception (an interrupt too) every running sequence is back in the queue with its
-        tokens and will be recomputed, since its cache may be half written.
+        tokens and will be run again, since states may be half written.
+
+        Returns:
+            the sequences that ran.
         """
         self._stepping = True
+        began = time.perf_counter()
         try:
-            if self.waiting:
-                self._admit()
-            began = time.perf_counter()
-            prefilling = [s for s in self.running if s.in_prefill]
-            decoding = self.running
-            if prefilling:
-                decoding = [s for s in self.running if not s.in_prefill]
-                self._runner.prefill(prefilling, self._fork)
-                began, start = time.perf_counter(), began
-                self.stats.num_prefill_steps += 1
-                self.stats.prefill_seconds += began - start
-            if decoding:
-                self._runner.decode(decoding)
-                self.stats.num_decode_steps += 1
-                self.stats.decode_seconds += time.perf_counter() - began
+            num_drafts = self._drafts.choose(len(self.scheduler.running))
+            work = self.scheduler.schedule(num_drafts)
+            planned = time.perf_counter()
+            self.stats.schedule_seconds += planned - began
+            reading = False
+            for w in work:
+                reading = reading or (w.count > 0 and w.start < w.sequence.num_prompt)
+                metrics = w.sequence.request.metrics
+                if metrics.first_scheduled_time is None:
+                    metrics.first_scheduled_time = time.monotonic()
+                    self.stats.num_cached_tokens += metrics.num_cached_tokens or 0
+            if work:
+                self._runner.run(work, num_drafts)
             self._leave()
         except BaseException:
-            self._requeue()
+            self.stats.num_recomputed += len(self.scheduler.running)
+            self.scheduler.requeue()
             raise
         finally:
             self._stepping = False
+        self._count(work, reading, time.perf_counter() - began)
+        return [w.sequence for w in work]
 
-    def _admit(self) -> None:
-        """Give free slots to waiting sequences, oldest first."""
-        self.slots.ensure(len(self.waiting), len(self.waiting[0].tokens) + 1)
-        # Siblings of a prompt that is still being read wait for it and copy its cache.
-        reading = {id(s.request) for s in self.running if s.num_computed < s.num_prompt}
-        waiting = list(self.waiting)
-        kept: list[Sequence] = []
-        for place, sequence in enumerate(waiting):
-            if sequence.finish_reason is not None:
-                continue
-            if not self.slots.num_free:
-                kept += waiting[place:]
-                break
-            if id(sequence.request) in reading and not sequence.output_ids:
-                kept.append(sequence)
-                continue
-            reading.add(id(sequence.request))
-            self.slots.take(sequence)
-            self.running.append(sequence)
-            if sequence.request.metrics.first_scheduled_time is None:
-                sequence.request.metrics.first_scheduled_time = time.monotonic()
-        self.waiting = deque(kept)
-
-    def _fork(self, parent: Sequence) -> list[Sequence]:
-        """Seat the waiting completions of the same prompt, as far as slots go."""
-        if parent.output_ids or len(parent.request.sequences) == 1:
-            return []
-        found = [s for s in self.waiting if s.request is parent.request and not s.output_ids]
-        found = found[: self.slots.num_free]
-        for sequence in found:
-            self.slots.fork(parent, sequence)
-        self.running += found
-        seated = set(found)
-        self.waiting = deque(s for s in self.waiting if s not in seated)
-        return found
+    def _count(self, work: list[Work], reading: bool, seconds: float) -> None:
+        """Keep the step's statistics."""
+        stats = self.stats
+        if not work:
+            return
+        if reading:
+            stats.num_prefill_steps += 1
+            stats.prefill_seconds += seconds
+        else:
+            stats.num_decode_steps += 1
+            stats.decode_seconds += seconds
+            self._drafts.measured(work, seconds)
+        stats.num_running = len(self.scheduler.running)
+        stats.num_waiting = self.scheduler.num_waiting
+        stats.num_preempted = self.scheduler.num_preempted
+        stats.num_swapped = self.scheduler.num_swapped
+        interval = self.options.check_interval
+        if interval and stats.num_steps % interval == 0:
+            self.cache.check()
 
     def _leave(self) -> None:
-        """Take finished sequences out and free their slots."""
-        if all(s.finish_reason is None for s in self.running):
-            return
-        for sequence in self.running:
-            if sequence.finish_reason is not None:
-                self.slots.leave(sequence)
-                metrics = sequence.request.metrics
-                if metrics.finished_time is None and sequence.request.finished:
-                    metrics.finished_time = time.monotonic()
-        self.running = [s for s in self.running if s.finish_reason is None]
+        """Take finished sequences out; what they computed stays in the cache."""
+        for sequence in self.scheduler.drop_finished():
+            if sequence.poisoned:
+                self.cache.discard(sequence.seq_id, poisoned=True)
+            else:
+                self.cache.finish(sequence.seq_id, sequence.num_computed)
+            sequence.is_running = False
+            if sequence.request.finished and sequence.request.metrics.finished_time is None:
+                self._ended(sequence.request)
 
-    def _requeue(self) -> None:
-        """Everyone back to the queue after a failed step: caches are not to be trusted."""
-        for sequence in self.running:
-            sequence.slot, sequence.num_computed, sequence.drafts = None, 0, []
-            if sequence.request.prompt_logprobs is not None and not sequence.output_ids:
-                sequence.request.prompt_logprobs = [None]
-        again = [s for s in self.running if s.finish_reason is None]
-        self.stats.num_recomputed += len(again)
-        self.waiting = deque(dict.fromkeys([*again, *self.waiting]))
-        self.running = []
-        self.slots.clear()
+    def _ended(self, request: Request) -> None:
+        request.metrics.finished_time = time.monotonic()
+        self.stats.finished(request.metrics, request.sequences[0].finish_reason)
+
+
+def _fingerprint(model: CausalLM, options: EngineOptions) -> bytes:
+    """Everything beside tokens that a cached state depends on."""
+    parts = (
+        options.weights_id,
+        repr(model.config),
+        str(model.dtype),
+        str(options.kv_dtype),
+        bool(options.num_speculative_tokens),
+    )
+    return blake2b(repr(parts).encode(), digest_size=16).digest()

@@ -10,17 +10,23 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 
 from qnext.checkpoint import load_model
 from qnext.checkpoint.load import parse_device
 from qnext.config import ModelConfig
-from qnext.engine.defaults import GenerationDefaults, longest_context, resolve_dtype
+from qnext.engine.defaults import (
+    GenerationDefaults,
+    default_num_blocks,
+    longest_context,
+    resolve_dtype,
+    resolve_kv_dtype,
+)
 from qnext.engine.generate import Engine
 from qnext.engine.grammar import Grammar, GrammarCompiler
-from qnext.engine.options import EngineOptions
+from qnext.engine.options import EngineOptions, Preemption
 from qnext.engine.outputs import CompletionOutput, RequestOutput, StreamDelta
 from qnext.engine.progress import progress_bar
 from qnext.engine.prompts import (
@@ -63,7 +69,19 @@ class LLM:
         max_model_len: most tokens of prompt and output; None means what the model was made for.
         max_num_seqs: sequences that run at the same time.
         max_num_batched_tokens: prompt tokens per prefill step; None decides by device.
-        num_speculative_tokens: MTP drafts per step, 0..8, or "auto".
+        num_speculative_tokens: MTP drafts per step, 0..8, or "auto": as many as pay, chosen for
+            each step from measurements.
+        block_size: tokens of a KV block.
+        enable_prefix_caching: whether prompts may go on from what earlier requests computed.
+        kv_cache_dtype: of keys and values: "auto" (the model's), "bfloat16", "float16",
+            "float32" or "fp8" (e4m3).
+        num_gpu_blocks_override: KV blocks, on whatever device; None decides by memory.
+        num_snapshots: DeltaNet states that the prefix cache may keep.
+        snapshot_interval: tokens between states kept of a prompt, beside those that the policy
+            chooses.
+        preemption_mode: "auto", "recompute" or "swap": how a sequence gives way when blocks run
+            out.
+        enforce_eager: no CUDA graphs; there are none to switch off yet.
         seed: of requests that bring no seed.
         revision: branch, tag or commit of a hub id.
         offline: never ask the network.
@@ -87,6 +105,14 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int | None = None,
         num_speculative_tokens: int | str | None = 0,
+        block_size: int = 16,
+        enable_prefix_caching: bool = True,
+        kv_cache_dtype: str = "auto",
+        num_gpu_blocks_override: int | None = None,
+        num_snapshots: int = 64,
+        snapshot_interval: int | None = None,
+        preemption_mode: str = "auto",
+        enforce_eager: bool = False,
         seed: int = 0,
         revision: str | None = None,
         offline: bool = False,
@@ -101,6 +127,14 @@ class LLM:
             max_num_batched_tokens = _PREFILL_TOKENS.get(target.type, _PREFILL_TOKENS_ELSEWHERE)
         _check_count("max_num_seqs", max_num_seqs)
         _check_count("max_num_batched_tokens", max_num_batched_tokens)
+        _check_count("block_size", block_size)
+        if num_gpu_blocks_override is not None:
+            _check_count("num_gpu_blocks_override", num_gpu_blocks_override)
+        if preemption_mode not in get_args(Preemption):
+            raise ConfigError(
+                f"preemption_mode={preemption_mode!r} must be one of {get_args(Preemption)}"
+            )
+        del enforce_eager
         if type(seed) is not int:
             raise ConfigError(f"seed={seed!r} must be an integer")
         self.model_path: Path = resolve_model(model, revision=revision, offline=offline)
@@ -128,6 +162,7 @@ class LLM:
         self.model: CausalLM = load_model(self.model_path, dtype=wanted, device=target)
         fuse(self.model)
         self.config = self.model.config
+        drafts = resolve_num_drafts(num_speculative_tokens, has_mtp=self.model.mtp is not None)
         self.engine = Engine(
             self.model,
             EngineOptions(
@@ -137,9 +172,18 @@ class LLM:
                 eos_token_ids=self.defaults.eos_token_ids,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
-                num_speculative_tokens=resolve_num_drafts(
-                    num_speculative_tokens, has_mtp=self.model.mtp is not None
+                num_speculative_tokens=drafts,
+                adaptive_drafts=num_speculative_tokens == "auto",
+                block_size=block_size,
+                num_blocks=num_gpu_blocks_override
+                or default_num_blocks(
+                    self.model, max_model_len or longest, max_num_seqs, block_size
                 ),
+                num_snapshots=num_snapshots,
+                enable_prefix_caching=enable_prefix_caching,
+                snapshot_interval=snapshot_interval,
+                kv_dtype=resolve_kv_dtype(kv_cache_dtype),
+                preemption=cast("Preemption", preemption_mode),
                 seed=seed,
             ),
         )
@@ -163,6 +207,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: Sequence[int] | None = None,
         progress: bool = False,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
@@ -171,6 +216,7 @@ class LLM:
         Args:
             prompts: a text, a list of token ids, a dict with either, or a list of those.
             sampling_params: for all prompts, or one per prompt; None takes the model's defaults.
+            priority: one integer per prompt, lower goes first.
             progress: show a bar on a terminal.
             use_tqdm: vLLM's name for ``progress``.
 
@@ -182,7 +228,13 @@ class LLM:
         """
         parsed = parse_prompts(prompts)
         every = self._params_of(sampling_params, len(parsed))
-        made = [self._prepare(prompt, one) for prompt, one in zip(parsed, every, strict=True)]
+        ranks = [0] * len(parsed) if priority is None else list(priority)
+        if len(ranks) != len(parsed):
+            raise RequestError(f"priority has {len(ranks)} entries for {len(parsed)} prompts")
+        made = [
+            self._prepare(prompt, one, rank)
+            for prompt, one, rank in zip(parsed, every, ranks, strict=True)
+        ]
         requests: list[Request] = []
         try:
             requests.extend(make() for make in made)
@@ -303,7 +355,9 @@ class LLM:
             )
         return each
 
-    def _prepare(self, prompt: ParsedPrompt, params: SamplingParams) -> Callable[[], Request]:
+    def _prepare(
+        self, prompt: ParsedPrompt, params: SamplingParams, priority: int = 0
+    ) -> Callable[[], Request]:
         """Check a request; the result adds it to the engine."""
         tokenizer, text, ids = self.tokenizer, prompt.text, prompt.token_ids
         handling = RequestText()
@@ -334,7 +388,9 @@ class LLM:
             can_think=handling.thinking is not None,
             has_grammar=handling.grammar is not None,
         )
-        return partial(self.engine.add_request, ids, params, prompt=text, text=handling)
+        return partial(
+            self.engine.add_request, ids, params, prompt=text, text=handling, priority=priority
+        )
 
     def _rules(
         self, tokenizer: Tokenizer, params: SamplingParams

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from qnext.engine.speculative import DraftOverride
+
+Preemption = Literal["auto", "recompute", "swap"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +26,16 @@ class EngineOptions:
         num_speculative_tokens: MTP drafts per step.
         seed: of the seeds given to requests that bring none.
         draft_override: replaces drafts, for tests.
+        block_size: tokens of a KV block.
+        num_blocks: KV blocks; None for what ``max_num_seqs`` sequences of ``max_model_len`` need.
+        num_snapshots: state slots for the prefix cache, beyond one for each running sequence.
+        enable_prefix_caching: whether prompts may go on from what earlier requests left.
+        snapshot_interval: tokens between snapshots of a prompt, beside those of the policy.
+        kv_dtype: of keys and values; None for the model's.
+        preemption: "auto", "recompute" or "swap": how a sequence gives way when blocks run out.
+        adaptive_drafts: choose 0..num_speculative_tokens drafts for each step by measurement.
+        weights_id: names the weights, for caches that outlive a process.
+        check_interval: steps between full checks of the cache's books; 0 for never.
     """
 
     vocab_size: int
@@ -32,3 +47,13 @@ class EngineOptions:
     num_speculative_tokens: int = 0
     seed: int = 0
     draft_override: DraftOverride | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    num_snapshots: int = 64
+    enable_prefix_caching: bool = True
+    snapshot_interval: int | None = None
+    kv_dtype: torch.dtype | None = None
+    preemption: Preemption = "auto"
+    adaptive_drafts: bool = False
+    weights_id: bytes = b""
+    check_interval: int = 0

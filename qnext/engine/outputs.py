@@ -28,15 +28,18 @@ LogprobsAtStep = dict[int, Logprob]
 class RequestMetrics:
     """Times in seconds of ``time.monotonic`` and what speculation did for one request.
 
-    ``num_drafted[i]`` and ``num_accepted[i]`` count drafts at position ``i`` and how many of
-    them were emitted.
+    ``num_cached_tokens`` counts prompt tokens that came from the prefix cache. ``num_drafted[i]``
+    and ``num_accepted[i]`` count drafts at position ``i`` and how many of them were emitted.
     """
 
     arrival_time: float = 0.0
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    last_token_time: float | None = None
     num_generated_tokens: int = 0
+    num_cached_tokens: int | None = None
+    num_preemptions: int = 0
     num_drafted: list[int] = field(default_factory=list)
     num_accepted: list[int] = field(default_factory=list)
 
@@ -44,6 +47,21 @@ class RequestMetrics:
     def time_to_first_token(self) -> float | None:
         """Seconds from arrival to the first token."""
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from arrival until it was first seated."""
+        first = self.first_scheduled_time
+        return None if first is None else first - self.arrival_time
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean seconds between tokens after the first; None with fewer than two."""
+        if self.first_token_time is None or self.last_token_time is None:
+            return None
+        if self.num_generated_tokens < 2:
+            return None
+        return (self.last_token_time - self.first_token_time) / (self.num_generated_tokens - 1)
 
     @property
     def acceptance_rate(self) -> float | None:

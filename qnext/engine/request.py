@@ -20,9 +20,9 @@ from qnext.engine.sampler import RawLogprobs
 from qnext.engine.sampling_params import SamplingParams
 from qnext.engine.sampling_state import SamplingState
 from qnext.engine.thinking import ThinkTokens
-from qnext.errors import EngineError
 
 if TYPE_CHECKING:
+    from qnext.engine.cache import SwappedState
     from qnext.engine.text_stream import TextStream
 
 
@@ -55,6 +55,7 @@ class Request:
     params: SamplingParams
     metrics: RequestMetrics
     text: RequestText
+    order: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[LogprobsAtStep | None] | None = None
 
@@ -66,6 +67,7 @@ class Request:
         max_model_len: int,
         seed: int,
         device: torch.device | str,
+        first_id: int = 0,
     ) -> None:
         """Make the ``n`` sequences; sequence i draws its samples from ``seed + i``."""
         params, prompt = self.params, self.prompt_token_ids
@@ -90,6 +92,8 @@ class Request:
             sequence = Sequence(
                 request=self,
                 index=index,
+                seq_id=first_id + index,
+                order=self.order,
                 sampling=sampling,
                 tokens=list(prompt),
                 num_prompt=len(prompt),
@@ -99,6 +103,11 @@ class Request:
                 logprobs=None if params.logprobs is None else [],
             )
             self.sequences.append(sequence)
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether the prompt's own logits are wanted, so that none of it may come from a cache."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) == 1
 
     @property
     def finished(self) -> bool:
@@ -122,7 +131,15 @@ class Sequence:
         tokens: prompt and output so far.
         stop_ids: ids that end it, each with the ``stop_reason`` it gives.
         max_total: most tokens, prompt included.
-        num_computed: tokens the cache slot holds; the rest are the next input.
+        seq_id: name of the sequence in the cache.
+        order: place in the queue (scheduler.py).
+        num_computed: tokens the cache holds; the rest are the next input.
+        reserved: tokens for which there are blocks.
+        is_running: whether it has a slot.
+        committed: tokens that the cache was last told of.
+        poisoned: a number in its cache may not be finite.
+        lead: it was attached to a cached prefix, and the MTP row there is still to be made.
+        swapped: its blocks and state on the host, while it waits.
         drafts: proposed continuation of ``tokens``, to be verified in the next step.
         text: incremental text, None when nobody needs it before the end.
     """
@@ -134,9 +151,16 @@ class Sequence:
     num_prompt: int
     stop_ids: dict[int, int | None]
     max_total: int
+    seq_id: int = 0
+    order: int = 0
     text: TextStream | None = None
-    slot: int | None = None
     num_computed: int = 0
+    reserved: int = 0
+    is_running: bool = False
+    lead: bool = False
+    committed: int = 0
+    poisoned: bool = False
+    swapped: SwappedState | None = None
     drafts: list[int] = field(default_factory=list)
     logprobs: list[LogprobsAtStep] | None = None
     cumulative_logprob: float = 0.0
@@ -149,17 +173,12 @@ class Sequence:
         """Generated ids."""
         return self.sampling.output_ids
 
-    @property
-    def seat(self) -> int:
-        """The slot of a running sequence."""
-        if self.slot is None:
-            raise EngineError("a running sequence has no slot")
-        return self.slot
-
-    @property
-    def in_prefill(self) -> bool:
-        """Whether known tokens beyond the last one still have to be run."""
-        return self.num_computed < max(self.num_prompt, len(self.tokens) - 1)
+    def forget(self) -> None:
+        """Its cache is gone: everything is to be run again."""
+        self.num_computed, self.committed, self.reserved = 0, 0, 0
+        self.drafts, self.lead = [], False
+        if self.request.prompt_logprobs is not None and not self.output_ids:
+            self.request.prompt_logprobs = [None]
 
     def finish(
         self, reason: FinishReason, *, stop: str | int | None = None, error: str | None = None

@@ -1,26 +1,30 @@
-"""Runner: one forward over some sequences, then sampling, verification and drafting.
+"""Runner: the rows that the scheduler chose through the model, then sampling, verification, drafts.
 
-Decides nothing about who runs; generate.py does.
+Decides nothing about who runs. All sequences of a step go through one forward: prompts in pieces,
+single tokens and drafts under verification are rows of one packed batch.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from qnext.engine.cache import CacheManager
 from qnext.engine.options import EngineOptions
 from qnext.engine.request import Sequence
 from qnext.engine.sampler import Sampled, Sampler, top_logprobs
 from qnext.engine.sampling_state import Row
-from qnext.engine.slots import CacheSlots
+from qnext.engine.scheduler import Work
 from qnext.engine.speculative import Drafter, Span
 from qnext.engine.stats import EngineStats, count_drafts
+from qnext.engine.tensors import BlockTables
 from qnext.layers.model import CausalLM
 from qnext.layers.packed import PackedBatch
+from qnext.layers.state import ModelState
 
 log = logging.getLogger(__name__)
 
@@ -29,114 +33,137 @@ _PROMPT_LOGPROB_ROWS = 128
 
 NOT_VALID = "the model gave a logit that is not finite, or the parameters allow no token"
 
-Fork = Callable[[Sequence], list[Sequence]]
-"""Seats waiting completions of a sequence's prompt and returns them."""
-
 
 class Runner:
-    """Runs sequences that have slots.
+    """Runs one step at a time.
 
     Args:
         model: in eval mode.
         options: limits and vocabulary.
-        slots: the cache.
+        state: blocks and slots.
+        cache: says which are whose, and hears how far each sequence has come.
         stats: counters to keep.
     """
 
     def __init__(
-        self, model: CausalLM, options: EngineOptions, slots: CacheSlots, stats: EngineStats
+        self,
+        model: CausalLM,
+        options: EngineOptions,
+        state: ModelState,
+        cache: CacheManager,
+        stats: EngineStats,
     ) -> None:
-        self.model, self.options, self.slots, self.stats = model, options, slots, stats
-        self.device = next(model.parameters()).device
+        self.model, self.options, self.stats = model, options, stats
+        self.state, self.cache = state, cache
+        self.device = state.hidden.device
         self._sampler = Sampler(options.vocab_size, options.unused_ids)
+        longest = options.max_model_len + options.num_speculative_tokens + 1
+        self._tables = BlockTables(cache, state.num_slots, -(-longest // options.block_size) + 1)
         self._drafter: Drafter | None = None
         if options.num_speculative_tokens:
-            self._drafter = Drafter(
-                model, vocab_size=options.vocab_size, override=options.draft_override
-            )
+            self._drafter = Drafter(model, options, state, self._tables)
 
-    def prefill(self, sequences: list[Sequence], fork: Fork) -> None:
-        """Run the next piece of each prompt, up to the token budget, and sample where it ends."""
-        spans = self._pieces(sequences)
-        state = self.slots.grown(max(s.start + s.num_rows for s in spans))
-        ids = [token for s in spans for token in s.sequence.tokens[s.start : s.start + s.num_rows]]
-        batch = self._batch([s.num_rows for s in spans], [s.sequence for s in spans])
-        hidden = self.model.hidden_states(self._ids(ids), batch, state)
-        ends: list[tuple[Span, Sequence]] = []
-        for span in spans:
-            sequence = span.sequence
-            sequence.num_computed += span.num_rows
-            self._prompt_logprobs(span, hidden)
-            if sequence.num_computed == len(sequence.tokens):
-                ends.append((span, sequence))
-                ends += [(span, sibling) for sibling in fork(sequence)]
-        if ends:
-            logits = self.model.logits(hidden[[span.rows[1] - 1 for span, _ in ends]])
-            sampled = self._sampler(logits, [Row(sequence.sampling) for _, sequence in ends])
-            for row, (_, sequence) in enumerate(ends):
-                self._emit(sequence, sampled, row)
-        if self._drafter is not None:
-            # A finished parent is still extended, since its siblings copy its MTP cache.
-            ended = {id(span) for span, _ in ends}
-            needed = {id(span) for span, sequence in ends if sequence.finish_reason is None}
-            spans = [s for s in spans if id(s) in needed or id(s) not in ended]
-            self._draft(hidden, spans)
-        self._copy_to_siblings(hidden, ends)
+    def run(self, work: list[Work], num_drafts: int) -> None:
+        """One step: afterwards every sequence is advanced, sampled, and has new drafts.
 
-    def decode(self, sequences: list[Sequence]) -> None:
-        """Run the last token and the drafts of each sequence; keep what the model agrees with."""
-        ids: list[int] = []
-        rows: list[Row] = []
-        lengths: list[int] = []
-        for sequence in sequences:
-            drafts = sequence.drafts
-            ids.append(sequence.tokens[-1])
-            rows.append(Row(sequence.sampling))
-            if drafts:
-                ids += drafts
-                rows += [Row(sequence.sampling, drafts[: n + 1]) for n in range(len(drafts))]
-            lengths.append(1 + len(drafts))
-        trace = len(ids) > len(sequences)
-        state = self.slots.grown(
-            max(s.num_computed + n for s, n in zip(sequences, lengths, strict=True))
-        )
-        batch = self._batch(lengths, sequences, trace=trace)
-        hidden = self.model.hidden_states(self._ids(ids), batch, state)
-        sampled = self._sampler(self.model.logits(hidden), rows)
+        Args:
+            work: what to run.
+            num_drafts: drafts to propose for each sequence that sampled.
+        """
+        slots = [self.cache.slot(w.sequence.seq_id) for w in work]
+        hidden, batch, rows = self._forward(work, slots)
         first = 0
-        kept: list[int] = []
-        spans: list[Span] = []
-        for sequence, length in zip(sequences, lengths, strict=True):
-            count = self._verify(sequence, sampled, first)
-            kept.append(count)
-            if sequence.finish_reason is None:
-                spans.append(Span(sequence, (first, first + count), sequence.num_computed))
-            sequence.num_computed += count
-            first += length
-        if trace:
-            state.commit(batch, kept)
+        for w in work:
+            if w.sequence.request.prompt_logprobs is not None:
+                self._prompt_logprobs(w, hidden, first)
+            first += w.num_rows
+        picked, sampling = _sampled_rows(work)
+        sampled: Sampled | None = None
+        if sampling:
+            sampled = self._sampler(self.model.logits(self._pick(hidden, picked, rows)), sampling)
+        kept = self._advance(work, sampled)
+        if batch is not None:
+            if any(w.drafts for w in work):
+                self.state.commit(batch, kept)
+            leads = self._leads(work, slots)
+            self._remember(work, slots, hidden, kept)
+        else:
+            leads = self._leads(work, slots)
+        for w in work:
+            self._commit(w)
         if self._drafter is not None:
-            self._draft(hidden, spans)
+            self._drafter.extend(hidden, self._spans(work, slots, kept, num_drafts), leads)
 
-    def _pieces(self, sequences: list[Sequence]) -> list[Span]:
-        """The next rows of each prompt, in order, as far as the token budget goes."""
-        budget, row = self.options.max_num_batched_tokens, 0
-        spans: list[Span] = []
-        for sequence in sequences:
-            start = sequence.num_computed
-            count = min(len(sequence.tokens) - start, budget)
-            spans.append(Span(sequence, (row, row + count), start))
-            row += count
-            budget -= count
-            if not budget:
-                break
-        return spans
+    def _forward(
+        self, work: list[Work], slots: list[int]
+    ) -> tuple[Tensor, PackedBatch | None, Tensor]:
+        """Hidden states of all rows, then the stored ones of sequences without rows.
 
-    def _verify(self, sequence: Sequence, sampled: Sampled, first: int) -> int:
-        """Emit tokens from row ``first`` on while they equal the drafts; how many rows held."""
-        drafts, count = sequence.drafts, 0
+        Returns:
+            (T, H) hidden states, the batch (None without rows), (n, H) stored ones.
+        """
+        stored = [slot for w, slot in zip(work, slots, strict=True) if not w.num_rows]
+        rows = self.state.hidden[stored] if stored else self.state.hidden[:0]
+        live = [(w, slot) for w, slot in zip(work, slots, strict=True) if w.num_rows]
+        if not live:
+            return self.state.hidden[:0], None, rows
+        ids: list[int] = []
+        lengths: list[int] = []
+        starts: list[int] = []
+        saves: list[tuple[int, int, int]] = []
+        drafting = False
+        for n, (w, _) in enumerate(live):
+            if w.count == 1:
+                ids.append(w.sequence.tokens[w.start])
+            else:
+                ids += w.sequence.tokens[w.start : w.start + w.count]
+            if w.drafts:
+                ids += w.drafts
+                drafting = True
+            lengths.append(w.count + len(w.drafts))
+            starts.append(w.start)
+            saves += [(n, position - w.start, slot) for position, slot in w.saves]
+        live_slots = [slot for _, slot in live]
+        longest = max(start + length for start, length in zip(starts, lengths, strict=True))
+        batch = PackedBatch.cached(
+            lengths, starts, live_slots,
+            self._tables.rows([w.sequence.seq_id for w, _ in live], live_slots, longest),
+            self.options.block_size,
+            provisional=[bool(w.drafts) for w, _ in live] if drafting else (),
+            saves=saves, device=self.device,
+        )  # fmt: skip
+        return self.model.hidden_states(self._ids(ids), batch, self.state), batch, rows
+
+    def _pick(self, hidden: Tensor, picked: list[int], stored: Tensor) -> Tensor:
+        """The rows that are sampled; negative ones count among the stored rows."""
+        if not len(stored):
+            return hidden if len(picked) == len(hidden) else hidden[picked]
+        both = torch.cat([hidden, stored])
+        return both[[row if row >= 0 else len(hidden) - row - 1 for row in picked]]
+
+    def _advance(self, work: list[Work], sampled: Sampled | None) -> list[int]:
+        """Give every sequence its tokens; how many rows of each turned out to be right."""
+        now = time.monotonic()
+        kept: list[int] = []
+        first = 0
+        for w in work:
+            count = w.count
+            if w.samples:
+                assert sampled is not None
+                # A sequence without rows samples from the hidden state of its last token.
+                fresh = self._verify(w, sampled, first, now)
+                count += max(0, fresh - 1)
+                first += 1 + len(w.drafts)
+            w.sequence.num_computed = w.start + count
+            if w.num_rows:
+                kept.append(count)
+        return kept
+
+    def _verify(self, w: Work, sampled: Sampled, first: int, now: float) -> int:
+        """Emit tokens from row ``first`` on while they equal the drafts; how many were emitted."""
+        sequence, drafts, count = w.sequence, w.drafts, 0
         while sequence.finish_reason is None:
-            self._emit(sequence, sampled, first + count)
+            self._emit(sequence, sampled, first + count, now)
             count += 1
             if count > len(drafts) or sampled.tokens[first + count - 1] != drafts[count - 1]:
                 break
@@ -147,72 +174,113 @@ class Runner:
                 count_drafts(counts.num_drafted, counts.num_accepted, len(drafts), right)
         return count
 
-    def _emit(self, sequence: Sequence, sampled: Sampled, row: int) -> None:
+    def _emit(self, sequence: Sequence, sampled: Sampled, row: int, now: float) -> None:
         """Give a sequence its sampled token, or fail it alone."""
-        request = sequence.request
         if not sampled.valid[row]:
             error = sequence.sampling.failure or NOT_VALID
             sequence.finish("error", error=error)
-            log.warning("request failed id=%s error=%s", request.request_id, error)
+            sequence.poisoned = sequence.sampling.failure is None
+            log.warning("request failed id=%s error=%s", sequence.request.request_id, error)
             return
         sequence.append(sampled.tokens[row], sampled.logprobs[row])
         self.stats.num_generated_tokens += 1
-        request.metrics.num_generated_tokens += 1
-        if request.metrics.first_token_time is None:
-            request.metrics.first_token_time = time.monotonic()
+        metrics = sequence.request.metrics
+        metrics.num_generated_tokens += 1
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+        elif metrics.last_token_time is not None:
+            self.stats.inter_token.add(now - metrics.last_token_time)
+        metrics.last_token_time = now
 
-    def _draft(self, hidden: Tensor, spans: list[Span]) -> None:
-        """Extend the MTP cache over ``spans`` and leave drafts in their sequences."""
-        if self._drafter is None or not spans:
-            return
-        for span in spans:
-            span.num_drafts = self._num_drafts(span)
-        state = self.slots.grown(max(s.start + s.num_rows + s.num_drafts for s in spans))
-        self._drafter.extend(hidden, spans, state)
+    def _leads(self, work: list[Work], slots: list[int]) -> Tensor:
+        """(n, H) hidden states of the last cached token of newly attached sequences."""
+        index = [slot for w, slot in zip(work, slots, strict=True) if w.lead]
+        return self.state.hidden[index] if index and self._drafter else self.state.hidden[:0]
 
-    def _num_drafts(self, span: Span) -> int:
-        """Drafts worth making: none within a prompt, none past the sequence's last token."""
-        sequence = span.sequence
-        if len(sequence.tokens) != span.start + span.num_rows + 1:
-            return 0
-        left = sequence.max_total - len(sequence.tokens) - 1
-        return max(0, min(self.options.num_speculative_tokens, left))
+    def _remember(
+        self, work: list[Work], slots: list[int], hidden: Tensor, kept: list[int]
+    ) -> None:
+        """Keep the hidden state of the last token of every slot, and of the snapshots."""
+        to: list[int] = []
+        rows: list[int] = []
+        first, live = 0, 0
+        for w, slot in zip(work, slots, strict=True):
+            if w.num_rows:
+                to.append(slot)
+                rows.append(first + kept[live] - 1)
+                live += 1
+                for position, snapshot in w.saves:
+                    to.append(snapshot)
+                    rows.append(first + position - w.start - 1)
+            first += w.num_rows
+        whole = len(rows) == len(hidden)
+        found = hidden if whole and rows == list(range(len(rows))) else hidden[rows]
+        self.state.hidden[self._ids(to)] = found.to(self.state.hidden.dtype)
 
-    def _copy_to_siblings(self, hidden: Tensor, ends: list[tuple[Span, Sequence]]) -> None:
-        """Copy the prompt's state; each sibling's own first token redoes the last MTP row."""
+    def _commit(self, w: Work) -> None:
+        """Tell the cache how far a piece came; in decoding only when a block was filled."""
+        sequence, size = w.sequence, self.options.block_size
+        done = sequence.num_computed
+        if w.count != 1 or w.saves or done // size != sequence.committed // size:
+            self.cache.commit(sequence.seq_id, done)
+            sequence.committed = done
+
+    def _spans(
+        self, work: list[Work], slots: list[int], kept: list[int], num_drafts: int
+    ) -> list[Span]:
+        """Rows from which the MTP cache goes on, and how many drafts each sequence gets."""
         spans: list[Span] = []
-        for span, sequence in ends:
-            if sequence is not span.sequence and sequence.finish_reason is None:
-                self.slots.state.copy_slot(span.sequence.seat, sequence.seat)
-                last = span.rows[1]
-                spans.append(Span(sequence, (last - 1, last), sequence.num_computed - 1))
-        self._draft(hidden, spans)
+        first, live = 0, 0
+        for w, slot in zip(work, slots, strict=True):
+            count = 0
+            if w.num_rows:
+                count = kept[live]
+                live += 1
+            if w.sequence.finish_reason is None:
+                drafts = num_drafts if w.samples else 0
+                left = w.sequence.max_total - len(w.sequence.tokens) - 1
+                spans.append(
+                    Span(w.sequence, slot, (first, first + count), w.start, w.lead,
+                         max(0, min(drafts, left)))
+                )  # fmt: skip
+            first += w.num_rows
+        return spans
 
-    def _prompt_logprobs(self, span: Span, hidden: Tensor) -> None:
-        """Log-probabilities of the prompt tokens that follow the rows of ``span``."""
-        request = span.sequence.request
+    def _prompt_logprobs(self, w: Work, hidden: Tensor, first: int) -> None:
+        """Log-probabilities of the prompt tokens that follow the rows of this piece."""
+        request = w.sequence.request
         found, count = request.prompt_logprobs, request.params.prompt_logprobs
-        if found is None or count is None or len(found) != span.start + 1:
+        if found is None or count is None or len(found) != w.start + 1:
             return
-        last = min(span.rows[1], span.rows[0] + span.sequence.num_prompt - 1 - span.start)
-        for first in range(span.rows[0], last, _PROMPT_LOGPROB_ROWS):
-            stop = min(last, first + _PROMPT_LOGPROB_ROWS)
-            logits = self.model.logits(hidden[first:stop])[:, : self.options.vocab_size]
-            start = span.start + first - span.rows[0] + 1
-            chosen = self._ids(span.sequence.tokens[start : start + stop - first])
-            raws = top_logprobs(logits, chosen, [count] * (stop - first))
+        last = min(first + w.count, first + w.sequence.num_prompt - 1 - w.start)
+        for start in range(first, last, _PROMPT_LOGPROB_ROWS):
+            stop = min(last, start + _PROMPT_LOGPROB_ROWS)
+            logits = self.model.logits(hidden[start:stop])[:, : self.options.vocab_size]
+            place = w.start + start - first + 1
+            chosen = self._ids(w.sequence.tokens[place : place + stop - start])
+            raws = top_logprobs(logits, chosen, [count] * (stop - start))
             found += [request.logprobs_dict(raw) for raw in raws]
 
-    def _batch(
-        self, lengths: list[int], sequences: list[Sequence], *, trace: bool = False
-    ) -> PackedBatch:
-        return PackedBatch.of(
-            lengths,
-            context_lens=[sequence.num_computed for sequence in sequences],
-            slots=[sequence.seat for sequence in sequences],
-            trace=trace,
-            device=self.device,
-        )
-
     def _ids(self, ids: list[int]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.long, device=self.device)
+        return torch.from_numpy(np.array(ids, np.int64)).to(self.device)
+
+
+def _sampled_rows(work: list[Work]) -> tuple[list[int], list[Row]]:
+    """Row numbers that are sampled (-1, -2, ... for sequences without rows), and whose they are."""
+    picked: list[int] = []
+    sampling: list[Row] = []
+    first, stored = 0, 0
+    for w in work:
+        if w.samples:
+            state = w.sequence.sampling
+            sampling.append(Row(state))
+            if w.count:
+                picked.append(first + w.count - 1)
+            else:
+                stored += 1
+                picked.append(-stored)
+            for n in range(len(w.drafts)):
+                sampling.append(Row(state, w.drafts[: n + 1]))
+                picked.append(first + w.count + n)
+        first += w.num_rows
+    return picked, sampling

@@ -204,8 +204,10 @@ class CausalLM(nn.Module):
 
         def kv() -> KVCache:
             shape = (num_blocks, block_size, c.num_key_value_heads, c.head_dim)
-            kind = {"dtype": kv_dtype or dtype, "device": self.device}
-            return KVCache(torch.zeros(shape, **kind), torch.zeros(shape, **kind))
+            k, v = (
+                torch.zeros(shape, dtype=kv_dtype or dtype, device=self.device) for _ in range(2)
+            )
+            return KVCache(k, v)
 
         def delta() -> DeltaState:
             heads, dk, dv = (

@@ -208,9 +208,9 @@ def _rounds(
         for n, ends in enumerate(cuts):
             if step < len(ends):
                 begin = ends[step - 1][0] if step else 0
-                end, slot = ends[step]
+                end, snapshot = ends[step]
                 kind = (provisional[n], end - begin <= RECURRENT_TOKENS)
-                kinds.setdefault(kind, []).append((n, begin, end, slot))
+                kinds.setdefault(kind, []).append((n, begin, end, snapshot))
         for (waits, _), parts in kinds.items():
             rounds.append(
                 _round(
@@ -219,7 +219,7 @@ def _rounds(
                     [end - begin for _, begin, end, _ in parts],
                     slots,
                     waits,
-                    tuple((slots[n], slot) for n, *_, slot in parts if slot is not None),
+                    tuple((slots[n], save) for n, *_, save in parts if save is not None),
                     device,
                 )
             )

@@ -108,7 +108,8 @@ def drain(engine: Engine) -> None:
             break
         engine.step()
     assert not engine.has_work
-    assert engine.slots.num_free == engine.slots.num_slots
+    engine.cache.check()
+    assert not engine.cache.leases
 
 
 def run(

@@ -260,7 +260,8 @@ def test_an_interrupt_in_any_step_is_recomputed(
     monkeypatch.setattr(model, "logits", interrupted)
     with pytest.raises(KeyboardInterrupt):
         drain(engine)
-    assert engine.slots.num_free == engine.slots.num_slots
+    engine.cache.check()
+    assert not engine.cache.leases
     drain(engine)
     assert outputs(requests) == want
     for request, prompt in zip(requests, prompts, strict=True):
@@ -289,7 +290,7 @@ def test_what_can_never_be_served_is_refused_before_any_state(
     with pytest.raises(RequestError, match=words):
         engine.add_request(prompt, SamplingParams(**params))
     assert not engine.has_work
-    assert engine.slots.num_slots == 0
+    assert not engine.cache.leases
     assert engine.stats.num_requests == 0
 
 
@@ -372,7 +373,8 @@ def test_any_schedule_gives_every_request_what_it_gets_alone(
         elif time > 12:
             break
     assert not engine.has_work
-    assert engine.slots.num_free == engine.slots.num_slots
+    engine.cache.check()
+    assert not engine.cache.leases
     for request in found.values():
         (alone,) = run(model, [request.prompt_token_ids], request.params)
         for got, want in zip(request.sequences, alone.sequences, strict=True):

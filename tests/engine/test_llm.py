@@ -336,6 +336,7 @@ def test_an_interrupt_leaves_a_clean_engine(llm: LLM, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["the cat", "the dog"], GREEDY)
     assert not llm.engine.has_work
-    assert llm.engine.slots.num_free == llm.engine.slots.num_slots
+    llm.engine.cache.check()
+    assert not llm.engine.cache.leases
     again = llm.generate(["the cat", "the dog"], GREEDY)
     assert [one.token_ids for one in again] == [one.token_ids for one in want]
