@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qnext.config import ModelConfig
 from qnext.errors import ConfigError
@@ -98,6 +99,11 @@ class WeightFormat:
 
 def weight_bytes(config: ModelConfig, form: WeightFormat) -> dict[str, int]:
     """Bytes of the parameters by part; ``scales`` and ``zero_points`` are those of all parts."""
+    return dict(_weight_bytes(config, form))
+
+
+@lru_cache(64)  # a search for settings that fit asks thousands of times
+def _weight_bytes(config: ModelConfig, form: WeightFormat) -> tuple[tuple[str, int], ...]:
     found: Counter[str] = Counter()
     wide = ITEM_BYTES[form.compute_dtype]
     for tensor in disk_tensors(config, fused_experts=True):
@@ -117,7 +123,7 @@ def weight_bytes(config: ModelConfig, form: WeightFormat) -> dict[str, int]:
         found["scales"] += scales
         found["zero_points"] += zeros
     order = [part for _, part in _PARTS[1:]] + ["mtp", "scales", "zero_points"]
-    return {part: found[part] for part in order if found[part]}
+    return tuple((part, found[part]) for part in order if found[part])
 
 
 def attention_layers(config: ModelConfig) -> int:
