@@ -11,7 +11,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
-from tiny import HYBRID, randomise
+from plan_models import FAMILIES, config_of
+from tiny import randomise
 
 from qnext.checkpoint import build_model, load_model
 from qnext.checkpoint.load import empty_model
@@ -36,24 +37,7 @@ from qnext.hub import shipped_model
 from qnext.layers.fused import fuse
 from qnext.layers.packed import PackedBatch
 
-DENSE = {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0,
-         "shared_expert_intermediate_size": 0, "mlp_only_layers": None}  # fmt: skip
-PLAIN = {"layer_types": ["full_attention"] * 4, "partial_rotary_factor": 1.0,
-         "num_nextn_predict_layers": 0, "shared_expert_intermediate_size": None}  # fmt: skip
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3_next": {},
-    "qwen3_next, tied, no MTP": {"tie_word_embeddings": True, "num_nextn_predict_layers": 0},
-    "qwen3_5": {"model_type": "qwen3_5", **DENSE},
-    "qwen3_5_moe": {"model_type": "qwen3_5_moe"},
-    "qwen3": {"model_type": "qwen3", **DENSE, **PLAIN, "attention_bias": True},
-    "qwen3_moe": {"model_type": "qwen3_moe", **PLAIN},
-}
 BIG = 1 << 50
-
-
-def config_of(**changes: Any) -> ModelConfig:
-    data = {k: v for k, v in {**HYBRID, **changes}.items() if v is not None}
-    return ModelConfig.from_dict(data)
 
 
 def plan_80b(memory: int = GPUS["h200"], **options: Any) -> MemoryPlan:
