@@ -13,7 +13,6 @@ from qnext.checkpoint.load import parse_dtype
 from qnext.config import ModelConfig
 from qnext.engine.sampling_params import SamplingParams
 from qnext.errors import ConfigError
-from qnext.layers.model import CausalLM
 
 _TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -99,24 +98,6 @@ def resolve_kv_dtype(name: str) -> torch.dtype | None:
         known = ", ".join(_KV_DTYPES)
         raise ConfigError(f"kv_cache_dtype={name!r} is not known", hint=f"one of: {known}")
     return _KV_DTYPES[name]
-
-
-_CPU_KV_BYTES = 2 << 30
-"""KV memory on a CPU; pages that are never used are never touched."""
-
-
-def default_num_blocks(
-    model: CausalLM, max_model_len: int, max_num_seqs: int, block_size: int
-) -> int:
-    """KV blocks: for all sequences at full length, as far as memory goes, and for one at least."""
-    config = model.config
-    layers = config.layer_types.count("full_attention") + (model.mtp is not None)
-    row = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize * max(layers, 1)
-    room = _CPU_KV_BYTES
-    if model.device.type == "cuda":
-        room = int(torch.cuda.mem_get_info(model.device)[0] * 0.6)
-    needed = -(-(max_model_len + 16) // block_size)
-    return max(needed, min(needed * max_num_seqs, room // (row * block_size)))
 
 
 def longest_context(config: ModelConfig) -> int:

@@ -6,6 +6,7 @@ engine (generate.py) until they are finished. Not for several threads at once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from inspect import signature
@@ -19,7 +20,6 @@ from qnext.checkpoint.load import parse_device
 from qnext.config import ModelConfig
 from qnext.engine.defaults import (
     GenerationDefaults,
-    default_num_blocks,
     longest_context,
     resolve_dtype,
     resolve_kv_dtype,
@@ -28,6 +28,14 @@ from qnext.engine.generate import Engine
 from qnext.engine.grammar import Grammar, GrammarCompiler
 from qnext.engine.options import EngineOptions, Preemption
 from qnext.engine.outputs import CompletionOutput, RequestOutput, StreamDelta
+from qnext.engine.plan import (
+    MemoryPlan,
+    WeightFormat,
+    compare,
+    free_memory,
+    measure,
+    plan_memory,
+)
 from qnext.engine.progress import progress_bar
 from qnext.engine.prompts import (
     ParsedPrompt,
@@ -53,8 +61,7 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Conversation = list[Message]
 
-_PREFILL_TOKENS = {"cuda": 8192}
-_PREFILL_TOKENS_ELSEWHERE = 2048
+log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -67,8 +74,8 @@ class LLM:
         tokenizer: folder or hub id of another tokenizer.
         skip_tokenizer_init: work on token ids alone; no texts, stop strings or chat.
         max_model_len: most tokens of prompt and output; None means what the model was made for.
-        max_num_seqs: sequences that run at the same time.
-        max_num_batched_tokens: prompt tokens per prefill step; None decides by device.
+        max_num_seqs: sequences that run at the same time; None decides by memory.
+        max_num_batched_tokens: rows of a step; None decides by device.
         num_speculative_tokens: MTP drafts per step, 0..8, or "auto": as many as pay, chosen for
             each step from measurements.
         block_size: tokens of a KV block.
@@ -76,7 +83,7 @@ class LLM:
         kv_cache_dtype: of keys and values: "auto" (the model's), "bfloat16", "float16",
             "float32" or "fp8" (e4m3).
         num_gpu_blocks_override: KV blocks, on whatever device; None decides by memory.
-        num_snapshots: DeltaNet states that the prefix cache may keep.
+        num_snapshots: DeltaNet states that the prefix cache may keep; None decides by memory.
         snapshot_interval: tokens between states kept of a prompt, beside those that the policy
             chooses.
         preemption_mode: "auto", "recompute" or "swap": how a sequence gives way when blocks run
@@ -102,14 +109,14 @@ class LLM:
         tokenizer: str | Path | None = None,
         skip_tokenizer_init: bool = False,
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         num_speculative_tokens: int | str | None = 0,
         block_size: int = 16,
         enable_prefix_caching: bool = True,
         kv_cache_dtype: str = "auto",
         num_gpu_blocks_override: int | None = None,
-        num_snapshots: int = 64,
+        num_snapshots: int | None = None,
         snapshot_interval: int | None = None,
         preemption_mode: str = "auto",
         enforce_eager: bool = False,
@@ -123,18 +130,19 @@ class LLM:
             raise ConfigError(f"LLM has no option {name!r}", hint=nearest_hint(name, known))
         target = parse_device(device)
         wanted = resolve_dtype(dtype, target)
-        if max_num_batched_tokens is None:
-            max_num_batched_tokens = _PREFILL_TOKENS.get(target.type, _PREFILL_TOKENS_ELSEWHERE)
-        _check_count("max_num_seqs", max_num_seqs)
-        _check_count("max_num_batched_tokens", max_num_batched_tokens)
         _check_count("block_size", block_size)
-        if num_gpu_blocks_override is not None:
-            _check_count("num_gpu_blocks_override", num_gpu_blocks_override)
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("num_gpu_blocks_override", num_gpu_blocks_override),
+        ):
+            if value is not None:
+                _check_count(name, value)
+        resolve_kv_dtype(kv_cache_dtype)
         if preemption_mode not in get_args(Preemption):
             raise ConfigError(
                 f"preemption_mode={preemption_mode!r} must be one of {get_args(Preemption)}"
             )
-        del enforce_eager
         if type(seed) is not int:
             raise ConfigError(f"seed={seed!r} must be an integer")
         self.model_path: Path = resolve_model(model, revision=revision, offline=offline)
@@ -163,23 +171,37 @@ class LLM:
         fuse(self.model)
         self.config = self.model.config
         drafts = resolve_num_drafts(num_speculative_tokens, has_mtp=self.model.mtp is not None)
+        self.plan: MemoryPlan = plan_memory(
+            self.config,
+            weights=WeightFormat(str(self.model.dtype).removeprefix("torch.")),
+            memory_bytes=free_memory(target) if target.type == "cuda" else None,
+            device="cuda" if target.type == "cuda" else "cpu",
+            weights_loaded=True,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            kv_cache_dtype=kv_cache_dtype,
+            num_speculative_tokens=drafts,
+            enable_prefix_caching=enable_prefix_caching,
+            snapshots=num_snapshots,
+            enforce_eager=enforce_eager,
+            compiled_copies=self.model.fused is not None,
+        ).require()
         self.engine = Engine(
             self.model,
             EngineOptions(
                 vocab_size=vocab,
                 unused_ids=unused,
-                max_model_len=max_model_len or longest,
+                max_model_len=self.plan.max_model_len,
                 eos_token_ids=self.defaults.eos_token_ids,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=self.plan.max_num_seqs,
+                max_num_batched_tokens=self.plan.request.max_num_batched_tokens,
                 num_speculative_tokens=drafts,
                 adaptive_drafts=num_speculative_tokens == "auto",
                 block_size=block_size,
-                num_blocks=num_gpu_blocks_override
-                or default_num_blocks(
-                    self.model, max_model_len or longest, max_num_seqs, block_size
-                ),
-                num_snapshots=num_snapshots,
+                num_blocks=num_gpu_blocks_override or self.plan.num_blocks or None,
+                num_snapshots=self.plan.num_snapshots,
                 enable_prefix_caching=enable_prefix_caching,
                 snapshot_interval=snapshot_interval,
                 kv_dtype=resolve_kv_dtype(kv_cache_dtype),
@@ -187,6 +209,7 @@ class LLM:
                 seed=seed,
             ),
         )
+        log.info("%s", compare(self.plan, measure(self.model, self.engine.state)))
 
     @property
     def stats(self) -> EngineStats:
@@ -232,7 +255,7 @@ class LLM:
         if len(ranks) != len(parsed):
             raise RequestError(f"priority has {len(ranks)} entries for {len(parsed)} prompts")
         made = [
-            self._prepare(prompt, one, rank)
+            self.prepare(prompt, one, rank)
             for prompt, one, rank in zip(parsed, every, ranks, strict=True)
         ]
         requests: list[Request] = []
@@ -250,7 +273,7 @@ class LLM:
             for request in requests:
                 if not request.finished:
                     self.engine.abort(request)
-        return [self._output(request) for request in requests]
+        return [self.output(request) for request in requests]
 
     def chat(
         self,
@@ -289,7 +312,7 @@ class LLM:
             RequestError: as ``generate``.
         """
         (params,) = self._params_of(sampling_params, 1)
-        return self._deltas(self._prepare(parse_prompt(prompt), params))
+        return self._deltas(self.prepare(parse_prompt(prompt), params))
 
     def chat_stream(
         self,
@@ -355,10 +378,14 @@ class LLM:
             )
         return each
 
-    def _prepare(
+    def prepare(
         self, prompt: ParsedPrompt, params: SamplingParams, priority: int = 0
     ) -> Callable[[], Request]:
-        """Check a request; the result adds it to the engine."""
+        """Check a request; calling the result adds it to the engine.
+
+        Raises:
+            RequestError: it can never be served.
+        """
         tokenizer, text, ids = self.tokenizer, prompt.text, prompt.token_ids
         handling = RequestText()
         if tokenizer is None:
@@ -426,7 +453,8 @@ class LLM:
             if not request.finished:
                 self.engine.abort(request)
 
-    def _output(self, request: Request) -> RequestOutput:
+    def output(self, request: Request) -> RequestOutput:
+        """What a request gives back, finished or not."""
         outputs = [
             CompletionOutput(
                 index=sequence.index,

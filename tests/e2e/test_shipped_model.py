@@ -101,7 +101,7 @@ def heldout(tmp_path_factory, request) -> Evaluation:
     tokenize_shards(folder / "heldout.jsonl", shipped_model(), folder, "heldout")
     shards = TokenShards(folder, "heldout")
     assert shards.num_bytes == len(text.encode())
-    return evaluate(load_model(dtype="float32", device="cpu"), shards, 1024, 1024)
+    return evaluate(load_model(dtype="float32", device="cpu"), [shards], 1024, 1024)
 
 
 def test_bits_per_byte_of_a_heldout_speech(heldout):
