@@ -107,6 +107,7 @@ class Lease:
         boundary: positions below it commit without further work.
         published: snapshots that came from it.
         attached: the snapshot it began from.
+        source: name of the state that a tier gave it, if one did.
     """
 
     seq_id: int
@@ -124,6 +125,7 @@ class Lease:
     boundary: int = 0
     published: list[Snapshot] = field(default_factory=list)
     attached: Snapshot | None = None
+    source: str = ""
     keys: list[bytes] = field(default_factory=list)
 
     def key(self, index: int) -> bytes:

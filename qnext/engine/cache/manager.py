@@ -20,9 +20,11 @@ from qnext.engine.cache.entries import (
 )
 from qnext.engine.cache.index import PrefixIndex
 from qnext.engine.cache.policy import WORTH, turn_ends, wanted_snapshots
+from qnext.engine.cache.spill import TierChain, block_name, state_name
 from qnext.engine.cache.states import StatePool
 from qnext.engine.cache.stats import CacheStats
 from qnext.engine.cache.tensors import CacheTensors
+from qnext.engine.cache.tiers import Tier
 from qnext.errors import ConfigError, EngineError
 
 _FAR = 1 << 62
@@ -43,6 +45,7 @@ class CacheManager:
             cache dtype, model config.
         snapshot_interval: save states on a fixed grid besides the useful places, in tokens.
         turn_end_ids: tokens after which a conversation may go on differently.
+        tiers: where evicted blocks and states go, the fastest first.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class CacheManager:
         fingerprint: bytes,
         snapshot_interval: int | None = None,
         turn_end_ids: frozenset[int] = frozenset(),
+        tiers: Sequence[Tier] = (),
     ) -> None:
         if min(num_blocks, block_size, num_slots) < 1:
             raise ConfigError(
@@ -71,7 +75,10 @@ class CacheManager:
         self.snapshot_interval, self.turn_end_ids = snapshot_interval, turn_end_ids
         self.blocks = BlockPool(num_blocks, lambda block: tensors.zero_blocks([block]))
         self.states = StatePool(num_slots)
-        self.index = PrefixIndex(fingerprint, block_size, self.blocks, self.states)
+        self.tiers: TierChain | None = None
+        if tiers and enable_prefix_caching:
+            self.tiers = TierChain(tiers, tensors, needs_state=needs_state)
+        self.index = PrefixIndex(fingerprint, block_size, self.blocks, self.states, self.tiers)
         self.leases: dict[int, Lease] = {}
         self.planned: dict[bytes, Plan] = {}
         self._stats = CacheStats()
@@ -141,7 +148,9 @@ class CacheManager:
         return lease.position
 
     def _attach(self, lease: Lease, path: list[Node], limit: int) -> None:
-        """Give a new lease the longest usable prefix along ``path``."""
+        """Give a new lease the longest prefix along ``path``, or a longer one from a tier."""
+        if self.tiers is not None and self._fetch(lease, path, limit):
+            return
         if not self.needs_state:
             # No stored hidden state: at least one token has to be run.
             count = min(limit, len(lease.tokens) - 1) // self.block_size
@@ -158,6 +167,77 @@ class CacheManager:
                 self._take_over(lease, snapshot, snapshot.block)
                 return
             self._release_table(lease)
+
+    def _fetch(self, lease: Lease, path: list[Node], limit: int) -> bool:
+        """Complete a prefix that is longer than the device's from the tiers."""
+        assert self.tiers is not None
+        if self.needs_state:
+            best = next(self.index.snapshots(path, lease.tokens, limit), None)
+            above = 0 if best is None else best.position
+        else:
+            limit = min(limit, len(lease.tokens) - 1)
+            above = min(limit // self.block_size, len(path) - 1) * self.block_size
+        known = min(len(path) - 1, limit // self.block_size)
+        for position, name in self.tiers.longer(lease, known, limit, above):
+            full = position // self.block_size
+            self._share(lease, (node.block for node in path[1 : full + 1]))
+            if self._fetch_blocks(lease, full) and (not name or self._fetch_state(lease, name)):
+                lease.position = position
+                lease.source = name
+                self._stats.tier_hits += 1
+                self._stats.tier_tokens_hit += position - above
+                self._keep_fetched(lease)
+                return True
+            self._release_table(lease)
+        return False
+
+    def _fetch_blocks(self, lease: Lease, full: int) -> bool:
+        """Extend a lease's table to ``full`` blocks; those that come are known from now on."""
+        assert self.tiers is not None
+        nodes = self.index.nodes
+        for place in range(len(lease.table), full):
+            key = lease.key(place + 1)
+            if (known := nodes.get(key)) is not None:
+                self._share(lease, [known.block])
+                continue
+            rows = self.tiers.get(block_name(key))
+            block = self._take_blocks(1) if rows is not None else []
+            if rows is None or not block:
+                return False
+            self.tensors.write_block(block[0], rows)
+            lease.table += block
+            parent = nodes[lease.key(place)] if place else lease.root
+            self.index.insert(parent, key, block[0]).spilled = True
+        return True
+
+    def _fetch_state(self, lease: Lease, name: str) -> bool:
+        """Give a lease a slot and, for a tail, a block with what a tier has."""
+        assert self.tiers is not None
+        found = self.tiers.state(name)
+        if found is None:
+            return False
+        state, tail = found
+        if tail:
+            block = self._take_blocks(1)
+            if not block:
+                return False
+            self.tensors.write_block(block[0], tail)
+            lease.table += block
+        self.states.give(self._take_slot(), lease)
+        self.tensors.write_slot(lease.slot, state)
+        return True
+
+    def _keep_fetched(self, lease: Lease) -> None:
+        """Have a fetched state on the device for the next one too, if nothing better goes."""
+        if lease.source:
+            self._plan(lease, lease.position, WORTH)
+            for plan in lease.plans:
+                self.tensors.copy_slot(lease.slot, plan.slot)
+                del self.planned[plan.key]
+                if (snapshot := self._publish(lease, plan, plan.position, WORTH)) is None:
+                    self.states.release(plan.slot)
+                lease.attached = snapshot
+            lease.plans = []
 
     def _share(self, lease: Lease, blocks: Iterable[int]) -> None:
         for block in blocks:
@@ -432,6 +512,14 @@ class CacheManager:
                 slots.append(index.drop_snapshot(snapshot))
         for slot in slots:
             self.tensors.reset_slot(slot)
+        if self.tiers is not None:
+            for place in range(lease.hit // self.block_size, lease.position // self.block_size):
+                self.tiers.remove(block_name(lease.key(place + 1)))
+            if lease.source:
+                self.tiers.remove(lease.source)
+            for snapshot in (lease.attached, *lease.published):
+                if snapshot is not None:
+                    self.tiers.remove(state_name(snapshot.node.key, snapshot.tail))
 
     def _leave(self, lease: Lease) -> None:
         if lease.slot >= 0:
@@ -502,6 +590,18 @@ class CacheManager:
         self.tensors.write_slot(lease.slot, swapped.state)
         self.leases[seq_id] = lease
         return True
+
+    # ---------------------------------------------------------------- the process ends
+
+    def close(self) -> None:
+        """Give the tiers what is cached, so that a tier on disk has it after a restart."""
+        if self.tiers is None:
+            return
+        for snapshot in [s for s in self.states.owners if isinstance(s, Snapshot)]:
+            self.tiers.snapshot(snapshot)
+        for node in self.index.nodes.values():
+            self.tiers.block(node)
+        self.tiers.close()
 
     # ---------------------------------------------------------------- the books
 

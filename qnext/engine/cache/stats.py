@@ -10,13 +10,16 @@ class CacheStats:
     """Totals since the cache was built, and how it is used at this moment.
 
     ``queries`` are begun sequences (again after a preemption), ``hits`` those that got a cached
-    prefix. ``used`` is what running sequences hold, ``cached`` what can be evicted.
+    prefix; ``tier_`` counts those that a lower tier made longer, and by how much. ``used`` is what
+    running sequences hold, ``cached`` what can be evicted.
     """
 
     queries: int = 0
     hits: int = 0
     tokens_queried: int = 0
     tokens_hit: int = 0
+    tier_hits: int = 0
+    tier_tokens_hit: int = 0
     evicted_blocks: int = 0
     evicted_snapshots: int = 0
     blocks_used: int = 0
