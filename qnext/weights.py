@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 from torch import Tensor
@@ -18,17 +19,61 @@ from qnext.config import ModelConfig
 View = Callable[[Tensor], Tensor]
 
 
-def _whole(x: Tensor) -> Tensor:
+def whole(x: Tensor) -> Tensor:
+    """The view that leaves nothing out."""
     return x
 
 
 @dataclass(frozen=True)
+class Span:
+    """``count`` rows from ``begin`` on, split into ``groups`` of equal size (1: not split)."""
+
+    begin: int
+    count: int
+    groups: int = 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (count, ...) or (groups, count / groups, ...)."""
+        rows = x[self.begin : self.begin + self.count]
+        return rows.unflatten(0, (self.groups, -1)) if self.groups > 1 else rows
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """The same ``count`` rows from ``begin`` on of each of ``groups`` groups of rows."""
+
+    groups: int
+    begin: int
+    count: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (groups, count, ...), or (count, ...) of the only group."""
+        rows = x.unflatten(0, (self.groups, -1))[:, self.begin : self.begin + self.count]
+        return rows if self.groups > 1 else rows[0]
+
+
+@dataclass(frozen=True)
 class Part:
-    """``param`` seen through ``put`` equals the disk tensor seen through ``take``."""
+    """``param`` seen through ``put`` equals the disk tensor seen through ``take``.
+
+    Views of rows look at the first axis only, so they serve whatever has one entry per row of
+    the matrix (packed words, scales) as well as the matrix.
+
+    Attributes:
+        param: name of the parameter.
+        rows: view of the parameter, or of entry ``index`` of it.
+        take: view of the disk tensor.
+        index: expert that the disk tensor belongs to, for stacked parameters.
+    """
 
     param: str
-    put: View = _whole
-    take: View = _whole
+    rows: View = whole
+    take: View = whole
+    index: int | None = None
+
+    def put(self, param: Tensor) -> Tensor:
+        """The place in the parameter, or in anything with its axes of experts and rows."""
+        return self.rows(param if self.index is None else param[self.index])
 
 
 @dataclass(frozen=True)
@@ -158,14 +203,7 @@ def _interleaved(
     """
     key, value, group = hk * dk, hk * r * dv, 2 * dk + 2 * r * dv
 
-    def rows(begin: int, count: int) -> View:
-        """Rows of the disk tensor, (hk, count, width)."""
-        return lambda x: x.view(hk, -1, width)[:, begin : begin + count]
-
-    def block(begin: int, total: int) -> View:
-        """Contiguous rows of the parameter, as (hk, rows per key head, width)."""
-        return lambda x: x[begin : begin + total].view(hk, -1, width)
-
+    rows, block = partial(GroupRows, hk), partial(Span, groups=hk)
     qkv, z = param + "in_proj_qkv.weight", param + "in_proj_z.weight"
     yield DiskTensor(
         disk + "in_proj_qkvz.weight",
@@ -204,9 +242,9 @@ def _moe(c: ModelConfig, disk: str, param: str, fused: bool) -> Iterator[DiskTen
         for e in range(num):
             stem = f"{disk}experts.{e}."
             for j, name in enumerate(("gate_proj", "up_proj")):
-                part = Part(gate_up, _expert_rows(e, j * inner, inner))
+                part = Part(gate_up, Span(j * inner, inner), index=e)
                 yield DiskTensor(f"{stem}{name}.weight", (inner, hidden), (part,))
-            part = Part(down, _expert_rows(e, 0, hidden))
+            part = Part(down, index=e)
             yield DiskTensor(f"{stem}down_proj.weight", (hidden, inner), (part,))
     if c.shared_expert_intermediate_size:
         yield from _mlp(
@@ -219,6 +257,3 @@ def _moe(c: ModelConfig, disk: str, param: str, fused: bool) -> Iterator[DiskTen
             disk + "shared_expert_gate.weight", param + "shared_expert_gate.weight", 1, hidden
         )
 
-
-def _expert_rows(expert: int, begin: int, count: int) -> View:
-    return lambda x: x[expert, begin : begin + count]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from qnext.checkpoint.census import FLOATS, Layout, check_census, detect_layout
+from qnext.checkpoint.census import FLOATS, Layout, read_layout
+from qnext.checkpoint.fill import fill
 from qnext.checkpoint.reader import SafetensorsFolder
 from qnext.config import ModelConfig
-from qnext.errors import CheckpointError, ConfigError
+from qnext.errors import ConfigError
 from qnext.layers.model import CausalLM
+from qnext.quant.format import PackedTensor
+from qnext.quant.matrix import PackedMatrix
+from qnext.quant.surgery import PackedParameter, apply
 
 log = logging.getLogger(__name__)
 DTYPES = {name: getattr(torch, name) for name in FLOATS.values()}
@@ -90,9 +94,8 @@ def load_model(
     target, place = parse_dtype(dtype), parse_device(device)
     config = ModelConfig.from_pretrained(folder)
     files = SafetensorsFolder(folder)
-    layout = detect_layout(config, files.entries)
-    check_census(layout, files)
-    model = empty_model(layout.config, *_dtypes(layout, files, target), place)
+    layout = read_layout(files, config)
+    model = empty_model(layout.config, *_dtypes(layout, files, target), place, layout.packed)
     started = time.perf_counter()
     fill(model, layout, files, progress)
     log.info(
@@ -113,7 +116,9 @@ def _dtypes(
     other = {}
     for name, tensor in layout.tensors.items():
         entry = files.entries.get(name)
-        if entry is not None and entry.dtype != embed.dtype and len(tensor.shape) == 1:
+        if isinstance(tensor, PackedTensor) or entry is None:
+            continue
+        if entry.dtype != embed.dtype and len(tensor.shape) == 1:
             other[tensor.parts[0].param] = DTYPES[FLOATS[entry.dtype]]
     return main, other
 
@@ -141,14 +146,25 @@ def empty_model(
     dtype: torch.dtype,
     other: dict[str, torch.dtype],
     device: torch.device,
+    packed: Mapping[str, PackedParameter] | None = None,
 ) -> CausalLM:
-    """A model with allocated, uninitialised parameters on ``device``."""
+    """A model with allocated, uninitialised parameters on ``device``.
+
+    Args:
+        config: what to build.
+        dtype: of the parameters.
+        other: parameter name -> dtype, where it differs.
+        device: where.
+        packed: parameters that are quantised, and how; they keep the dtypes of their format.
+    """
     with torch.device("meta"), _NoInit():
         model = CausalLM(config)
+    apply(model, packed or {})
     for name, old in list(model.named_parameters()):
         owner = model.get_submodule(name.rpartition(".")[0])
-        fresh = torch.empty(old.shape, dtype=other.get(name, dtype), device=device)
-        setattr(owner, name.rpartition(".")[2], nn.Parameter(fresh))
+        kind = old.dtype if isinstance(owner, PackedMatrix) else other.get(name, dtype)
+        fresh = nn.Parameter(torch.empty(old.shape, dtype=kind, device=device), old.requires_grad)
+        setattr(owner, name.rpartition(".")[2], fresh)
     restore_buffers(model, device)
     return model
 
@@ -158,40 +174,3 @@ def restore_buffers(model: CausalLM, device: torch.device) -> None:
     from qnext.layers.rotary import RotaryEmbedding
 
     model.rotary = RotaryEmbedding(model.config).to(device)
-
-
-def fill(
-    model: CausalLM,
-    layout: Layout,
-    files: SafetensorsFolder,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Stream the files into the parameters; host memory holds one tensor beside them."""
-    params = dict(model.named_parameters())
-    done = 0
-    late: list[tuple[str, Tensor]] = []
-    with torch.no_grad():
-        for name, tensor in files.tensors(set(layout.tensors)):
-            # The sum is quick but may overflow, so only the long look condemns.
-            if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-                raise CheckpointError(
-                    f"{files.folder}: {name} holds NaN or infinite values",
-                    hint="the file is damaged or the training run diverged",
-                )
-            rule = layout.tensors[name]
-            if rule.optional:
-                late.append((name, tensor))
-                continue
-            for part in rule.parts:
-                part.put(params[part.param]).copy_(part.take(tensor))
-            done += tensor.nbytes
-            if progress is not None:
-                progress(done, files.nbytes)
-        for name, tensor in late:
-            twin = params[layout.tensors[name].parts[0].param]
-            if not torch.equal(twin, tensor.to(twin)):
-                raise CheckpointError(
-                    f"{files.folder}: tie_word_embeddings is set, but {name} differs from the "
-                    "embedding",
-                    hint="set tie_word_embeddings to false in config.json",
-                )

@@ -1,19 +1,21 @@
 """Safetensors folders: a strict index of what lies where, before a byte is loaded.
 
 Headers are checked by hand first (lengths, offsets, duplicate names), because a damaged file
-must be refused with a clear sentence; tensors are then read lazily through safetensors.
+must be refused with a clear sentence; tensors are then read by their place in the file.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from qnext.errors import CheckpointError, DamagedFile, MissingTensor, UnexpectedTensor
@@ -26,16 +28,26 @@ ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2,
     "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I16": torch.int16,
+    "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+    "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64,
+    "F64": torch.float64,
+}  # fmt: skip
+PIECE = 8 << 20
+"""Bytes of one read."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: file, dtype in safetensors' words, shape, bytes."""
+    """Where a tensor lies: file, dtype in safetensors' words, shape, bytes, place in the file."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 class SafetensorsFolder:
@@ -62,12 +74,12 @@ class SafetensorsFolder:
                 self.metadata = header.pop("__metadata__", None) or {}
             else:
                 header.pop("__metadata__", None)
-            for name, (dtype, shape, nbytes) in header.items():
+            for name, (dtype, shape, nbytes, offset) in header.items():
                 if name in self.entries:
                     raise DamagedFile(
                         f"{name} is in both {self.entries[name].file.name} and {file.name}"
                     )
-                self.entries[name] = Entry(file, dtype, shape, nbytes)
+                self.entries[name] = Entry(file, dtype, shape, nbytes, offset)
         self._check_index()
 
     def _files(self) -> list[Path]:
@@ -126,20 +138,62 @@ class SafetensorsFolder:
         """Bytes of all tensors."""
         return sum(e.nbytes for e in self.entries.values())
 
-    def tensors(self, names: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Stream ``(name, tensor)`` file by file; one file is open at a time."""
-        for file in self.files:
+    @contextmanager
+    def opened(self) -> Iterator[Reader]:
+        """A :class:`Reader` of all files; closed at the end."""
+        reader = Reader(self)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+
+class Reader:
+    """Reads tensors of a folder; several threads may share it.
+
+    Bytes go straight from the page cache to where they belong: no mapping whose pages would
+    count as memory of the process.
+    """
+
+    def __init__(self, folder: SafetensorsFolder) -> None:
+        self._entries = folder.entries
+        self._files = {file: os.open(file, os.O_RDONLY) for file in folder.files}
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def into(self, name: str, target: Tensor, begin: int = 0) -> None:
+        """Fill a contiguous host tensor with the bytes of an entry from ``begin`` on.
+
+        Raises:
+            DamagedFile: the file has become shorter.
+            CheckpointError: it cannot be read.
+        """
+        entry = self._entries[name]
+        octets: Any = target.detach().reshape(-1).view(torch.uint8).numpy()
+        left = memoryview(octets)
+        at = entry.offset + begin
+        while left:
             try:
-                with safe_open(file, framework="pt", device="cpu") as handle:
-                    for name in handle.keys():  # noqa: SIM118 - not a mapping
-                        if names is None or name in names:
-                            yield name, handle.get_tensor(name)
-            except SafetensorError as error:
-                raise DamagedFile(f"{file}: {error}") from error
+                count = os.preadv(self._files[entry.file], [left[:PIECE]], at)
+            except OSError as error:
+                raise CheckpointError(f"{entry.file} cannot be read: {error}") from error
+            if not count:
+                raise DamagedFile(f"{entry.file} ends within {name}", hint="download it again")
+            at, left = at + count, left[count:]
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor in fresh memory."""
+        entry = self._entries[name]
+        target = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        self.into(name, target)
+        return target
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """Check a safetensors header; name -> (dtype, shape, bytes), plus ``__metadata__``.
+    """Check a safetensors header; name -> (dtype, shape, bytes, offset), plus ``__metadata__``.
 
     Raises:
         DamagedFile: whatever is wrong with it.
@@ -172,7 +226,7 @@ def read_header(file: Path) -> dict[str, Any]:
             continue
         dtype, shape, begin, end = _entry(file, name, info)
         spans.append((begin, end, name))
-        result[name] = (dtype, shape, end - begin)
+        result[name] = (dtype, shape, end - begin, 8 + length + begin)
     _check_spans(file, spans, size - 8 - length)
     return result
 

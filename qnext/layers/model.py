@@ -114,8 +114,9 @@ class CausalLM(nn.Module):
         """(T, hidden) normed states -> (T, vocab)."""
         if self.fused is not None and self.fused.fits(len(hidden)):
             return self.fused.logits(hidden)
-        head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
-        return F.linear(hidden, head.weight)
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return F.linear(hidden, self.model.embed_tokens.weight)
 
     def draft_states(
         self,
