@@ -256,4 +256,3 @@ def _moe(c: ModelConfig, disk: str, param: str, fused: bool) -> Iterator[DiskTen
         yield _plain(
             disk + "shared_expert_gate.weight", param + "shared_expert_gate.weight", 1, hidden
         )
-

@@ -17,6 +17,7 @@ from qnext.checkpoint.reader import INDEX, SINGLE
 from qnext.config import ModelConfig
 from qnext.errors import CheckpointError
 from qnext.layers.model import CausalLM
+from qnext.quant.surgery import matrices
 from qnext.weights import DiskTensor, disk_tensors
 
 SHARD_BYTES = 5_000_000_000
@@ -34,7 +35,7 @@ def save_model(
     """Write a Hugging Face folder that transformers and qnext load.
 
     Args:
-        model: what to write; ``mtp.*`` is kept.
+        model: what to write; ``mtp.*`` is kept, and packed weights are dequantised.
         folder: created if needed; files of the same names are replaced.
         dtype: cast to it; default each parameter's own.
         max_shard_size: bytes per file; one file if everything fits.
@@ -51,10 +52,10 @@ def save_model(
     if fused_experts is None:
         fused_experts = config.model_type == "qwen3_5_moe"
     rules = [t for t in disk_tensors(config, fused_experts=fused_experts) if not t.optional]
-    params = dict(model.named_parameters())
+    params = PlainParameters(model, dtype or model.dtype)
 
     def bytes_of(tensor: DiskTensor) -> int:
-        kind = dtype or params[tensor.parts[0].param].dtype
+        kind = dtype or params.dtype_of(tensor.parts[0].param)
         return tensor.numel * kind.itemsize
 
     shards = list(_split(rules, bytes_of, max_shard_size))
@@ -77,14 +78,48 @@ def save_model(
     return folder
 
 
+class PlainParameters(Mapping[str, Tensor]):
+    """The parameters of a model by name, the packed ones dequantised when they are asked for.
+
+    Only the last few are kept: disk tensors of one layer's experts come in turns.
+    """
+
+    KEPT = 2
+
+    def __init__(self, model: CausalLM, dtype: torch.dtype) -> None:
+        self._packed, self._dtype = matrices(model), dtype
+        inside = tuple(f"{name}." for name in self._packed)
+        self._plain = {n: p for n, p in model.named_parameters() if not n.startswith(inside)}
+        self._kept: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._packed:
+            return self._plain[name]
+        if name not in self._kept:
+            while len(self._kept) >= self.KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[name] = self._packed[name].dequantise(self._dtype)
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._plain
+        yield from self._packed
+
+    def __len__(self) -> int:
+        return len(self._plain) + len(self._packed)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype a parameter has, or gets when it is dequantised."""
+        return self._dtype if name in self._packed else self._plain[name].dtype
+
+
 def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
 def gather(tensor: DiskTensor, params: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tensor:
     """Build one disk tensor on the host from the parameters it is made of."""
-    first = params[tensor.parts[0].param]
-    out = torch.empty(tensor.shape, dtype=dtype or first.dtype)
+    out = torch.empty(tensor.shape, dtype=dtype or params[tensor.parts[0].param].dtype)
     with torch.no_grad():
         for part in tensor.parts:
             part.take(out).copy_(part.put(params[part.param]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +52,9 @@ def inspect(
         "state per sequence": f"{facts['state_bytes_per_sequence']:,} bytes",
         "tensors": f"{facts['tensors']:,} ({facts['weights']})",
     }
+    if facts["quantization"]:
+        rows["quantised"] = f"{facts['quantized_parameters']:,} parameters, "
+        rows["quantised"] += facts["quantization"]
     for name, size in facts["bytes"].items():
         rows[f"weights in {name}"] = f"{size / 1e9:,.3f} GB"
     for name, value in rows.items():
@@ -101,12 +105,11 @@ def convert(
     offline: Annotated[bool, typer.Option(help="Use only what is downloaded.")] = False,
     force: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
 ) -> None:
-    """Rewrite a checkpoint in another dtype, expert storage or sharding."""
+    """Rewrite a checkpoint in another dtype, expert storage or sharding; dequantise it."""
     from qnext.checkpoint import load_model, save_model
-    from qnext.checkpoint.census import detect_layout
+    from qnext.checkpoint.census import read_layout
     from qnext.checkpoint.load import parse_dtype
     from qnext.checkpoint.reader import SafetensorsFolder
-    from qnext.config import ModelConfig
     from qnext.hub import resolve_model
 
     size, wanted = parse_size(max_shard_size), parse_dtype(dtype)
@@ -118,8 +121,7 @@ def convert(
     if target.exists() and any(target.iterdir()) and not force:
         raise ConfigError(f"{target} is not empty", hint="choose another folder, or pass --force")
     if fused_experts is None:
-        config, entries = ModelConfig.from_pretrained(folder), SafetensorsFolder(folder).entries
-        fused_experts = detect_layout(config, entries).fused_experts
+        fused_experts = read_layout(SafetensorsFolder(folder)).fused_experts
     model = load_model(folder, dtype="auto", device="cpu")
     save_model(
         model,
@@ -167,13 +169,15 @@ def _find(model: str | None, revision: str | None, offline: bool) -> tuple[Path,
     return folder / "config.json", folder
 
 
-def _layout(config: ModelConfig, folder: Path | None) -> tuple[Layout, str]:
+def _layout(
+    config: ModelConfig, folder: Path | None, quantization: dict[str, Any] | None
+) -> tuple[Layout, str]:
     """What the weights are called, and how far they were checked against the config."""
-    from qnext.checkpoint.census import check_census, detect_layout
+    from qnext.checkpoint.census import detect_layout, read_layout
     from qnext.checkpoint.reader import INDEX, SINGLE, SafetensorsFolder
 
     if folder is None or not any((folder / name).exists() for name in (INDEX, SINGLE)):
-        return detect_layout(config, ()), "by the config; no weights here"
+        return detect_layout(config, (), quantization), "by the config; no weights here"
     try:
         files = SafetensorsFolder(folder)
     except CheckpointError:
@@ -181,19 +185,18 @@ def _layout(config: ModelConfig, folder: Path | None) -> tuple[Layout, str]:
         if not index.exists() or any(folder.glob("*.safetensors")):
             raise
     else:
-        layout = detect_layout(config, files.entries)
-        check_census(layout, files)
+        layout = read_layout(files, config)
         return layout, "all there, shapes and dtypes as the config says"
     # Only the index was fetched: it names every tensor, which is all that a census of names needs.
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    layout = detect_layout(config, names)
+    layout = detect_layout(config, names, quantization)
     needed = {name for name, tensor in layout.tensors.items() if not tensor.optional}
     wrong = sorted(needed.symmetric_difference(names))
     wrong = [name for name in wrong if name not in layout.tensors or name in needed]
     if wrong:
         raise CheckpointError(
             f"{index.name} and config.json differ in {len(wrong)} tensors, such as {wrong[0]}",
-            hint="they belong to different models, or the model is quantised",
+            hint="they belong to different models",
         )
     return layout, "as the index names them"
 
@@ -201,6 +204,8 @@ def _layout(config: ModelConfig, folder: Path | None) -> tuple[Layout, str]:
 def _facts(file: Path, folder: Path | None) -> dict[str, Any]:
     from qnext.checkpoint.census import active_parameter_count, parameter_count
     from qnext.config import ModelConfig
+    from qnext.quant.config import find_quantization, read_quantization
+    from qnext.weights import disk_tensors
 
     try:
         data = json.loads(file.read_text(encoding="utf-8")) if folder is None else None
@@ -209,7 +214,8 @@ def _facts(file: Path, folder: Path | None) -> dict[str, Any]:
     if folder is None and not isinstance(data, dict):
         raise ConfigError(f"{file} holds no JSON object", hint="give a config.json")
     config = ModelConfig.from_dict(data) if data else ModelConfig.from_pretrained(file.parent)
-    layout, weights = _layout(config, folder)
+    quantization = find_quantization(data) if data else read_quantization(file.parent)
+    layout, weights = _layout(config, folder, quantization)
     config = layout.config
     main, mtp = parameter_count(config)
     active = active_parameter_count(config)
@@ -247,6 +253,12 @@ def _facts(file: Path, folder: Path | None) -> dict[str, Any]:
         "state_bytes_per_sequence": kinds["linear_attention"] * state,
         "tensors": sum(not t.optional for t in layout.tensors.values()),
         "weights": weights,
+        "quantization": layout.quantization.label if layout.quantization else None,
+        "quantized_parameters": sum(
+            prod(t.shape)
+            for t in disk_tensors(config, fused_experts=True)
+            if any(p.param in layout.packed for p in t.parts)
+        ),
         "bytes": {name: _bytes(config, width) for name, width in PRECISIONS.items()},
     }
 

@@ -35,6 +35,8 @@ def fuse(model: CausalLM) -> bool:
         return False
     if model.config.attention_bias:  # no published model of these families has biases
         return False
+    if any(p.dtype != torch.float32 for p in model.parameters()):  # quantised weights
+        return False
     model.fused = FusedModel(model)
     return True
 

@@ -280,5 +280,3 @@ def _list(what: str, key: str, value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         raise ConfigError(f"{what}: {key} is {value!r}; it must be a list of names")
     return value
-
-

@@ -77,9 +77,7 @@ class Int4Weight:
         if g_idx is not None:
             span = len(self.values) // len(g_idx)
             g_idx = g_idx[begin // span : begin // span + 1]
-        return Int4Weight(
-            self.values[begin:end], self.scale[begin:end], zero, g_idx, self.columns
-        )
+        return Int4Weight(self.values[begin:end], self.scale[begin:end], zero, g_idx, self.columns)
 
 
 PackedWeight = Fp8Weight | Int4Weight
