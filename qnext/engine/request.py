@@ -18,7 +18,7 @@ from qnext.engine.outputs import (
 )
 from qnext.engine.sampler import RawLogprobs
 from qnext.engine.sampling_params import SamplingParams
-from qnext.engine.sampling_state import SamplingState
+from qnext.engine.sampling_state import Row, SamplingState
 from qnext.engine.thinking import ThinkTokens
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ class Sequence:
         tokens: prompt and output so far.
         stop_ids: ids that end it, each with the ``stop_reason`` it gives.
         max_total: most tokens, prompt included.
+        row: how its next token is sampled.
         seq_id: name of the sequence in the cache.
         order: place in the queue (scheduler.py).
         num_computed: tokens the cache holds; the rest are the next input.
@@ -151,6 +152,7 @@ class Sequence:
     num_prompt: int
     stop_ids: dict[int, int | None]
     max_total: int
+    row: Row = field(init=False)
     seq_id: int = 0
     order: int = 0
     text: TextStream | None = None
@@ -167,6 +169,9 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+
+    def __post_init__(self) -> None:
+        self.row = Row(self.sampling)
 
     @property
     def output_ids(self) -> list[int]:

@@ -70,14 +70,19 @@ class Runner:
             work: what to run.
             num_drafts: drafts to propose for each sequence that sampled.
         """
-        slots = [self.cache.slot(w.sequence.seq_id) for w in work]
+        leases = self.cache.leases
+        slots = [leases[w.sequence.seq_id].slot for w in work]
+        plain = all(w.num_rows == 1 and w.samples and not w.saves for w in work)
         hidden, batch, rows = self._forward(work, slots)
-        first = 0
-        for w in work:
-            if w.sequence.request.prompt_logprobs is not None:
-                self._prompt_logprobs(w, hidden, first)
-            first += w.num_rows
-        picked, sampling = _sampled_rows(work)
+        if plain:
+            picked, sampling = list(range(len(work))), [w.sequence.row for w in work]
+        else:
+            first = 0
+            for w in work:
+                if w.sequence.request.prompt_logprobs is not None:
+                    self._prompt_logprobs(w, hidden, first)
+                first += w.num_rows
+            picked, sampling = _sampled_rows(work)
         sampled: Sampled | None = None
         if sampling:
             sampled = self._sampler(self.model.logits(self._pick(hidden, picked, rows)), sampling)
@@ -86,11 +91,19 @@ class Runner:
             if any(w.drafts for w in work):
                 self.state.commit(batch, kept)
             leads = self._leads(work, slots)
-            self._remember(work, slots, hidden, kept)
+            if plain:
+                self.state.hidden[self._ids(slots)] = hidden.to(self.state.hidden.dtype)
+            else:
+                self._remember(work, slots, hidden, kept)
         else:
             leads = self._leads(work, slots)
+        size = self.options.block_size
         for w in work:
-            self._commit(w)
+            sequence, done = w.sequence, w.sequence.num_computed
+            # In decoding the cache hears of it only when a block was filled.
+            if w.count != 1 or w.saves or done // size != sequence.committed // size:
+                self.cache.commit(sequence.seq_id, done)
+                sequence.committed = done
         if self._drafter is not None:
             self._drafter.extend(hidden, self._spans(work, slots, kept, num_drafts), leads)
 
@@ -102,9 +115,12 @@ class Runner:
         Returns:
             (T, H) hidden states, the batch (None without rows), (n, H) stored ones.
         """
-        stored = [slot for w, slot in zip(work, slots, strict=True) if not w.num_rows]
-        rows = self.state.hidden[stored] if stored else self.state.hidden[:0]
-        live = [(w, slot) for w, slot in zip(work, slots, strict=True) if w.num_rows]
+        live = list(zip(work, slots, strict=True))
+        stored = [slot for w, slot in live if not w.num_rows]
+        rows = self.state.hidden[:0]
+        if stored:
+            rows = self.state.hidden[stored]
+            live = [(w, slot) for w, slot in live if w.num_rows]
         if not live:
             return self.state.hidden[:0], None, rows
         ids: list[int] = []
@@ -113,16 +129,18 @@ class Runner:
         saves: list[tuple[int, int, int]] = []
         drafting = False
         for n, (w, _) in enumerate(live):
+            start = w.start
             if w.count == 1:
-                ids.append(w.sequence.tokens[w.start])
+                ids.append(w.sequence.tokens[start])
             else:
-                ids += w.sequence.tokens[w.start : w.start + w.count]
+                ids += w.sequence.tokens[start : start + w.count]
             if w.drafts:
                 ids += w.drafts
                 drafting = True
-            lengths.append(w.count + len(w.drafts))
-            starts.append(w.start)
-            saves += [(n, position - w.start, slot) for position, slot in w.saves]
+            lengths.append(w.num_rows)
+            starts.append(start)
+            if w.saves:
+                saves += [(n, position - start, slot) for position, slot in w.saves]
         live_slots = [slot for _, slot in live]
         longest = max(start + length for start, length in zip(starts, lengths, strict=True))
         batch = PackedBatch.cached(
@@ -151,9 +169,13 @@ class Runner:
             if w.samples:
                 assert sampled is not None
                 # A sequence without rows samples from the hidden state of its last token.
-                fresh = self._verify(w, sampled, first, now)
-                count += max(0, fresh - 1)
-                first += 1 + len(w.drafts)
+                if w.drafts:
+                    count += max(0, self._verify(w, sampled, first, now) - 1)
+                    first += 1 + len(w.drafts)
+                else:
+                    if w.sequence.finish_reason is None:
+                        self._emit(w.sequence, sampled, first, now)
+                    first += 1
             w.sequence.num_computed = w.start + count
             if w.num_rows:
                 kept.append(count)
@@ -167,11 +189,10 @@ class Runner:
             count += 1
             if count > len(drafts) or sampled.tokens[first + count - 1] != drafts[count - 1]:
                 break
-        if drafts:
-            emitted = sampled.tokens[first : first + count]
-            right = sum(d == token for d, token in zip(drafts, emitted, strict=False))
-            for counts in (self.stats, sequence.request.metrics):
-                count_drafts(counts.num_drafted, counts.num_accepted, len(drafts), right)
+        emitted = sampled.tokens[first : first + count]
+        right = sum(d == token for d, token in zip(drafts, emitted, strict=False))
+        for counts in (self.stats, sequence.request.metrics):
+            count_drafts(counts.num_drafted, counts.num_accepted, len(drafts), right)
         return count
 
     def _emit(self, sequence: Sequence, sampled: Sampled, row: int, now: float) -> None:
@@ -216,14 +237,6 @@ class Runner:
         whole = len(rows) == len(hidden)
         found = hidden if whole and rows == list(range(len(rows))) else hidden[rows]
         self.state.hidden[self._ids(to)] = found.to(self.state.hidden.dtype)
-
-    def _commit(self, w: Work) -> None:
-        """Tell the cache how far a piece came; in decoding only when a block was filled."""
-        sequence, size = w.sequence, self.options.block_size
-        done = sequence.num_computed
-        if w.count != 1 or w.saves or done // size != sequence.committed // size:
-            self.cache.commit(sequence.seq_id, done)
-            sequence.committed = done
 
     def _spans(
         self, work: list[Work], slots: list[int], kept: list[int], num_drafts: int
@@ -273,7 +286,7 @@ def _sampled_rows(work: list[Work]) -> tuple[list[int], list[Row]]:
     for w in work:
         if w.samples:
             state = w.sequence.sampling
-            sampling.append(Row(state))
+            sampling.append(w.sequence.row)
             if w.count:
                 picked.append(first + w.count - 1)
             else:

@@ -41,6 +41,7 @@ class Work:
         samples: the last known token is among them (or stored), so a token comes out.
         lead: the MTP row of the token before ``start`` is still to be made, from the slot's
             stored hidden state.
+        num_rows: rows in the packed batch.
     """
 
     sequence: Sequence
@@ -50,11 +51,7 @@ class Work:
     saves: list[tuple[int, int]]
     samples: bool
     lead: bool
-
-    @property
-    def num_rows(self) -> int:
-        """Rows in the packed batch."""
-        return self.count + len(self.drafts)
+    num_rows: int
 
 
 class SwapCost(Protocol):
@@ -130,12 +127,15 @@ class Scheduler:
             tokens, start = len(sequence.tokens), sequence.num_computed
             if start < tokens - 1:
                 prefilling.append(sequence)
-            elif self._reserve(sequence, tokens + len(sequence.drafts) + num_drafts):
-                work.append(Work(sequence, start, 1, sequence.drafts, [], True, False))
+            elif tokens + len(sequence.drafts) + num_drafts <= sequence.reserved or self._reserve(
+                sequence, tokens + len(sequence.drafts) + num_drafts
+            ):
+                drafts = sequence.drafts
+                work.append(Work(sequence, start, 1, drafts, [], True, False, 1 + len(drafts)))
             else:
                 continue  # somebody gave way, perhaps this one
             place += 1
-        rows = sum(one.count + len(one.drafts) for one in work)
+        rows = sum(one.num_rows for one in work)
         budget = max(1, self.options.max_num_batched_tokens - rows)
         for sequence in prefilling:
             if sequence.is_running and budget > 0:
@@ -173,8 +173,6 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Room for ``tokens`` rows; sequences behind give way, then this one itself."""
-        if tokens <= sequence.reserved:
-            return True
         while not self.cache.reserve(sequence.seq_id, tokens):
             victim = self.running[-1]
             self.preempt(victim)
@@ -190,7 +188,7 @@ class Scheduler:
         self.cache.commit(sequence.seq_id, start)
         saves = self.cache.plan_saves(sequence.seq_id, start, start + count)
         lead, sequence.lead = sequence.lead, False
-        return Work(sequence, start, count, [], saves, start + count == tokens, lead)
+        return Work(sequence, start, count, [], saves, start + count == tokens, lead, count)
 
     def _admit(self, work: list[Work], budget: int) -> None:
         """Seat waiting sequences in order until one does not fit."""
