@@ -101,16 +101,16 @@ class BlockTables:
     def __init__(self, cache: CacheManager, num_slots: int, max_blocks: int) -> None:
         self._cache = cache
         self._rows = np.zeros((num_slots, max_blocks), np.int32)
-        self._owner = [-1] * num_slots
+        self._tables: list[list[int]] = [[] for _ in range(num_slots)]
         self._known = [0] * num_slots
 
     def rows(self, seq_ids: Sequence[int], slots: Sequence[int], num_tokens: int) -> np.ndarray:
         """(N, B) int32 blocks of the first ``num_tokens`` tokens of each sequence."""
-        owner, known = self._owner, self._known
+        tables, known = self._tables, self._known
         for seq_id, slot in zip(seq_ids, slots, strict=True):
             table = self._cache.block_table(seq_id)
-            if owner[slot] != seq_id:
-                owner[slot], known[slot] = seq_id, 0
+            if tables[slot] is not table:  # seated since: every seat has a list of its own
+                tables[slot], known[slot] = table, 0
             if known[slot] < len(table):
                 self._rows[slot, known[slot] : len(table)] = table[known[slot] :]
                 known[slot] = len(table)
