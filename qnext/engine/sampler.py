@@ -225,7 +225,7 @@ class Sampler:
             where = to_device(np.array(step.forced, np.int64), raw.device)
             tokens[where[:, 0]] = where[:, 1]
             if logits is not raw:
-                allowed[where[:, 0]] = True
+                allowed = allowed.index_fill(0, where[:, 0], True)
         if logits is not raw:
             valid &= allowed
         return Draws(plan, tokens, valid, raw, retries)
