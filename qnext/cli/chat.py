@@ -37,11 +37,11 @@ def chat(
     top_p: session.TopP = None,
     top_k: session.TopK = None,
     repetition_penalty: session.Penalty = None,
-    max_thinking_tokens: session.MaxThinking = None,
     seed: session.Seed = 0,
     num_speculative_tokens: session.Drafts = "auto",
     dtype: session.Dtype = "auto",
     device: session.Device = "auto",
+    deterministic: session.Deterministic = False,
     revision: session.Revision = None,
     offline: session.Offline = False,
 ) -> None:
@@ -57,16 +57,9 @@ def chat(
         seed=seed,
         revision=revision,
         offline=offline,
+        deterministic=deterministic,
     )
-    params = session.sampling(
-        llm,
-        max_tokens,
-        temperature,
-        top_p,
-        top_k,
-        repetition_penalty,
-        max_thinking_tokens=max_thinking_tokens,
-    )
+    params = session.sampling(llm, max_tokens, temperature, top_p, top_k, repetition_penalty)
     talk = Conversation(llm, params, system)
     if not talk.has_template:
         typer.echo("A base model without a chat template: it continues what you write.", err=True)

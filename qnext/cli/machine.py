@@ -23,7 +23,6 @@ NEEDED = (
 )
 OPTIONAL = {
     "triton": "gpu",
-    "llguidance": "structured",
     "matplotlib": "train",
     "lxml": "train",
     "datasets": "train",

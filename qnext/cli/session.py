@@ -26,12 +26,12 @@ Penalty = Annotated[
         "--repetition-penalty", help="Above 1: less repetition; default: the model's own."
     ),
 ]
-MaxThinking = Annotated[
-    int | None, typer.Option(help="Most tokens within <think>; then the block is closed.")
-]
 Seed = Annotated[int, typer.Option(help="Of the sampling: the same seed, the same text.")]
 Drafts = Annotated[
     str, typer.Option("--num-speculative-tokens", "-k", help="MTP drafts per step: 0..8 or auto.")
+]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="The same bits in any company; CPU, slower.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32, float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
@@ -48,6 +48,7 @@ def load(
     seed: int,
     revision: str | None,
     offline: bool,
+    deterministic: bool = False,
 ) -> LLM:
     """The model, announced on stderr with its size and the time it took."""
     started = time.perf_counter()
@@ -61,6 +62,7 @@ def load(
         seed=seed,
         revision=revision,
         offline=offline,
+        deterministic=deterministic,
     )
     typer.echo(f"[{describe(llm)}; ready in {time.perf_counter() - started:.1f} s]", err=True)
     return llm
@@ -98,7 +100,6 @@ def sampling(
     top_p: float | None,
     top_k: int | None,
     repetition_penalty: float | None,
-    **more: Any,
 ) -> SamplingParams:
     """The model's recommended values with those of the command line in their place."""
     given: dict[str, Any] = {
@@ -106,7 +107,6 @@ def sampling(
         "top_p": top_p,
         "top_k": top_k,
         "repetition_penalty": repetition_penalty,
-        **more,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     return llm.get_default_sampling_params().replace(max_tokens=max_tokens, **changes)

@@ -53,6 +53,7 @@ from qnext.engine.validation import check_request, truncated
 from qnext.errors import ConfigError, RequestError
 from qnext.hub import resolve_model
 from qnext.layers.fused import fuse
+from qnext.layers.invariant import make_invariant
 from qnext.layers.model import CausalLM
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class LLM:
         preemption_mode: "auto", "recompute" or "swap": how a sequence gives way when blocks run
             out.
         enforce_eager: no CUDA graphs; there are none to switch off yet.
+        deterministic: the same request gives bitwise the same tokens and logprobs in any company,
+            cached or not, in any pieces, and (greedy) with drafts or without; on a CPU only, and
+            slower (docs/numerics.md).
         seed: of requests that bring no seed.
         revision: branch, tag or commit of a hub id.
         offline: never ask the network.
@@ -120,6 +124,7 @@ class LLM:
         snapshot_interval: int | None = None,
         preemption_mode: str = "auto",
         enforce_eager: bool = False,
+        deterministic: bool = False,
         seed: int = 0,
         revision: str | None = None,
         offline: bool = False,
@@ -168,7 +173,10 @@ class LLM:
             unused = tuple(token for token in padding if token < vocab)
         self.defaults = GenerationDefaults.from_folder(self.model_path, self.config)
         self.model: CausalLM = load_model(self.model_path, dtype=wanted, device=target)
-        fuse(self.model)
+        if deterministic:
+            make_invariant(self.model)
+        else:
+            fuse(self.model)
         self.config = self.model.config
         drafts = resolve_num_drafts(num_speculative_tokens, has_mtp=self.model.mtp is not None)
         self.plan: MemoryPlan = plan_memory(
@@ -186,7 +194,7 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             snapshots=num_snapshots,
             enforce_eager=enforce_eager,
-            compiled_copies=self.model.fused is not None,
+            compiled_copies=deterministic or self.model.fused is not None,
         ).require()
         self.engine = Engine(
             self.model,

@@ -21,6 +21,7 @@ from qnext.layers.state import DeltaState, KVCache, ModelState
 
 if TYPE_CHECKING:
     from qnext.layers.fused import FusedModel
+    from qnext.layers.invariant import InvariantModel
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class CausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp: MTP | None = MTP(config) if config.num_mtp_layers else None
         self.fused: FusedModel | None = None
+        self.invariant: InvariantModel | None = None
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +98,8 @@ class CausalLM(nn.Module):
             (T, hidden) after the final norm.
         """
         h = self.model.embed_tokens(input_ids)
+        if self.invariant is not None and aux is None:
+            return self.invariant.run(h, batch, state, collect)
         fused = self.fused if collect is None and aux is None else None
         if fused is not None and fused.fits(len(h), state, batch):
             assert state is not None
@@ -112,6 +116,8 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, hidden) normed states -> (T, vocab)."""
+        if self.invariant is not None:
+            return self.invariant.logits(hidden)
         if self.fused is not None and self.fused.fits(len(hidden)):
             return self.fused.logits(hidden)
         if self.lm_head is not None:
@@ -149,6 +155,8 @@ class CausalLM(nn.Module):
                 hint="run without num_speculative_tokens, or use a checkpoint that keeps mtp.*",
             )
         embedded = self.model.embed_tokens(next_ids)
+        if self.invariant is not None and aux is None:
+            return self.invariant.run_mtp(embedded, hidden, batch, state)
         if self.fused is not None and self.fused.fits(len(hidden), state, batch):
             assert state is not None
             return self.fused.run_mtp(embedded, hidden, batch, state)

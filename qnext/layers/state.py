@@ -70,6 +70,12 @@ class Pending:
     beta: Tensor
     qkv: Tensor
 
+    def replay(self, rows: slice | Tensor, cu_seqlens: Tensor, start: Tensor) -> Tensor:
+        """The states (n, Hv, dk, dv) after some of the rows, computed as they were before."""
+        k = self.k[rows]
+        rest = (self.v[rows], self.g[rows], self.beta[rows], cu_seqlens, start)
+        return recurrent_gated_delta_rule(k, k, *rest)[1]
+
 
 @dataclass
 class DeltaState:
@@ -115,10 +121,7 @@ class DeltaState:
         index: slice | Tensor = slice(slots[0], slots[0] + 1)
         if len(slots) > 1:
             index = torch.tensor(slots).to(device)
-        k = p.k[rows]
-        _, end, *_ = recurrent_gated_delta_rule(
-            k, k, p.v[rows], p.g[rows], p.beta[rows], cu.to(device), self.recurrent_state[index]
-        )
+        end = p.replay(rows, cu.to(device), self.recurrent_state[index])
         self.recurrent_state[index] = end.to(self.recurrent_state.dtype)
         start, width = 0, self.conv_state.shape[2]
         fresh = p.qkv[rows].to(self.conv_state.dtype)

@@ -68,10 +68,13 @@ class PlanRequest:
         return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
     def blocks(self, tokens: int) -> int:
-        """KV blocks of one sequence of ``tokens`` tokens, with room for what is drafted beyond."""
+        """KV blocks of one sequence of ``tokens`` tokens, with room for what is drafted beyond.
+
+        One more row, because the MTP layer stores its rows one place further on.
+        """
         if not self.kv_layers:
             return 0
-        ahead = self.num_speculative_tokens + self.config.num_mtp_layers
+        ahead = self.num_speculative_tokens + 1
         return -(-(tokens + ahead) // self.block_size)
 
     @property
