@@ -37,6 +37,7 @@ def chat(
     top_p: session.TopP = None,
     top_k: session.TopK = None,
     repetition_penalty: session.Penalty = None,
+    max_thinking_tokens: session.MaxThinking = None,
     seed: session.Seed = 0,
     num_speculative_tokens: session.Drafts = "auto",
     dtype: session.Dtype = "auto",
@@ -59,7 +60,15 @@ def chat(
         offline=offline,
         deterministic=deterministic,
     )
-    params = session.sampling(llm, max_tokens, temperature, top_p, top_k, repetition_penalty)
+    params = session.sampling(
+        llm,
+        max_tokens,
+        temperature,
+        top_p,
+        top_k,
+        repetition_penalty,
+        max_thinking_tokens=max_thinking_tokens,
+    )
     talk = Conversation(llm, params, system)
     if not talk.has_template:
         typer.echo("A base model without a chat template: it continues what you write.", err=True)

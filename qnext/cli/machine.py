@@ -23,6 +23,7 @@ NEEDED = (
 )
 OPTIONAL = {
     "triton": "gpu",
+    "llguidance": "structured",
     "matplotlib": "train",
     "lxml": "train",
     "datasets": "train",

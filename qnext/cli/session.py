@@ -26,6 +26,9 @@ Penalty = Annotated[
         "--repetition-penalty", help="Above 1: less repetition; default: the model's own."
     ),
 ]
+MaxThinking = Annotated[
+    int | None, typer.Option(help="Most tokens within <think>; then the block is closed.")
+]
 Seed = Annotated[int, typer.Option(help="Of the sampling: the same seed, the same text.")]
 Drafts = Annotated[
     str, typer.Option("--num-speculative-tokens", "-k", help="MTP drafts per step: 0..8 or auto.")
@@ -100,6 +103,7 @@ def sampling(
     top_p: float | None,
     top_k: int | None,
     repetition_penalty: float | None,
+    **more: Any,
 ) -> SamplingParams:
     """The model's recommended values with those of the command line in their place."""
     given: dict[str, Any] = {
@@ -107,6 +111,7 @@ def sampling(
         "top_p": top_p,
         "top_k": top_k,
         "repetition_penalty": repetition_penalty,
+        **more,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     return llm.get_default_sampling_params().replace(max_tokens=max_tokens, **changes)

@@ -73,7 +73,7 @@ class Constraint:
         return cls(grammar, thinking, end_ids, vocab_size)
 
     def rule(self, output_ids: Sequence[int], drafts: Sequence[int] = ()) -> Rule:
-        """What may follow ``drafts`` after ``output_ids``.
+        """What may follow ``drafts`` after ``output_ids``, which only grow or begin again.
 
         Drafts that break a rule themselves are followed by anything: nothing there is ever used.
         """

@@ -16,9 +16,6 @@ from qnext.engine.row_plan import Group
 SORTED = 512
 """Most likely tokens looked at first when only top_p or min_p limits them."""
 
-_BLOCK = 1024
-"""Columns whose weights are summed before the running sum of large vocabularies."""
-
 
 class Filtered(NamedTuple):
     """Weights (r, K) in proportion to probabilities, ids (r, K), and whether K was enough (r,)."""
@@ -80,24 +77,6 @@ def inverted(weights: Tensor, draws: Tensor) -> Tensor:
     Exact zeros are never picked: the running sum does not pass anything there. A row that is not
     a distribution gives some index in range.
     """
-    if weights.shape[1] <= 32 * _BLOCK:
-        return _inverted(weights, draws)
-    # First among the sums of blocks, then within one: a running sum over all is memory traffic.
-    rest = -weights.shape[1] % _BLOCK
-    blocks = torch.nn.functional.pad(weights, (0, rest)).view(len(weights), -1, _BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64)
-    running = sums.cumsum(-1)
-    target = draws[:, None] * running[:, -1:]
-    block = torch.searchsorted(running, target, right=True).clamp_max(sums.shape[1] - 1)
-    before = running.gather(1, block) - sums.gather(1, block)
-    inner = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(-1)
-    # Sums in another order may differ in the last bit; the end of a block is not beyond it.
-    goal = torch.minimum(target - before, inner[:, -1:] * (1 - 2**-50)).clamp_min(0)
-    place = torch.searchsorted(inner, goal, right=True)
-    return (block * _BLOCK + place)[:, 0].clamp_max(weights.shape[1] - 1)
-
-
-def _inverted(weights: Tensor, draws: Tensor) -> Tensor:
     running = weights.double().cumsum(-1)
     target = (draws * running[:, -1])[:, None]
     found = torch.searchsorted(running, target, right=True)[:, 0]

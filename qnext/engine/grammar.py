@@ -201,10 +201,16 @@ def _grammar_text(source: GrammarSource) -> str:
             options = {"whitespace_pattern": source.whitespace_pattern or _BLANKS}
         return str(LLMatcher.grammar_from_json_schema(source.text, overrides=options))
     if source.kind == "choice":
-        # JSON quotes a text as Lark does, but for the characters beyond ASCII that it escapes.
-        choices = (json.dumps(text, ensure_ascii=False) for text in json.loads(source.text))
+        choices = map(_literal, json.loads(source.text))
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(choices)))
     return str(grammar_from(source.kind, source.text))
+
+
+def _literal(text: str) -> str:
+    """A text in Lark, which quotes as JSON does but knows control characters in regexes only."""
+    if all(char >= " " or char in "\n\t\r" for char in text):
+        return json.dumps(text, ensure_ascii=False)
+    return "/" + "".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text) + "/"
 
 
 def _refused(source: GrammarSource, why: str) -> RequestError:

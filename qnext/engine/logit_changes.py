@@ -100,7 +100,8 @@ def changed(
         _mask(logits, step.masked)
     if step.banned:
         where = to_device(np.array(step.banned, np.int64), logits.device)
-        logits[where[:, 0], where[:, 1]] = -torch.inf
+        never = logits.new_full((), -torch.inf)  # made there: a number of the host would be sent
+        logits.index_put_((where[:, 0], where[:, 1]), never)
     if plan.bias is not None:
         at_rows, at_tokens, values = plan.bias
         logits[at_rows, at_tokens] += values

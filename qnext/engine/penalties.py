@@ -9,9 +9,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from qnext.engine.row_plan import to_device
 from qnext.engine.sampling_state import SamplingState
 
 _FEWEST = 4
@@ -73,8 +75,8 @@ class PenaltyTable:
         self.counts[row] = 0
         self.in_prompt[row] = False
         if state.params.repetition_penalty != 1 and len(state.prompt_ids):
-            ids = torch.tensor(list(state.prompt_ids), dtype=torch.long).to(self.device)
-            self.in_prompt[row, ids] = True
+            ids = to_device(np.array(state.prompt_ids, np.int64), self.device)
+            self.in_prompt[row].index_fill_(0, ids, True)
         return row
 
     def _grow(self) -> None:
@@ -90,5 +92,5 @@ class PenaltyTable:
 
 def add_at(table: Tensor, rows: Sequence[int], columns: Sequence[int]) -> None:
     """Add 1 to each (row, column); pairs may repeat."""
-    where = torch.tensor([rows, columns], dtype=torch.long).to(table.device)
+    where = to_device(np.array([rows, columns], np.int64), table.device)
     table.index_put_((where[0], where[1]), table.new_ones(()), accumulate=True)

@@ -6,21 +6,21 @@ host's work per step stays small: lengths, draws, and rows that ask for more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qnext.engine.sampling_state import Kind, SamplingState
+from qnext.engine.sampling_state import CHANGES, Kind, SamplingState, Trait
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A tensor there; to a GPU without waiting for it."""
     tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
+    if device.type == "cpu" or not array.size:
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -31,15 +31,13 @@ class Group:
     Attributes:
         members: row numbers (r,) on the device, None for all rows.
         temperature: (r, 1) fp32; so are ``top_p`` and ``min_p``.
-        limits: (r, 1) int64 most tokens, V for no limit.
+        limits: (r, 1) fp32 most tokens, V for no limit.
         most: tokens in falling order that are looked at, not below any of ``limits``.
         least: smallest of ``limits``.
         uses_top_p: whether any row does; so ``uses_min_p``.
-        rows: row numbers on the host.
     """
 
     kind: Kind
-    rows: list[int]
     members: Tensor | None
     temperature: Tensor
     top_p: Tensor
@@ -55,30 +53,28 @@ class Group:
         cls,
         kind: Kind,
         width: int,
-        rows: list[int],
-        states: Sequence[SamplingState],
+        rows: NDArray[np.int64] | None,
+        columns: NDArray[np.float32],
         vocab_size: int,
         device: torch.device,
     ) -> Group:
-        """The group of ``rows`` among ``states``."""
-        params = [states[row].params for row in rows]
-        limits = [min(one.top_k or vocab_size, vocab_size) for one in params]
-        floats = np.array([[one.temperature, one.top_p, one.min_p] for one in params], np.float32)
-        columns = to_device(floats, device)
+        """The group of some ``rows`` of all ``columns`` (R, 4), None for all of them."""
+        if rows is not None:
+            columns = columns[rows]
+        top_k = columns[:, 3]
+        columns[:, 3] = np.where((top_k == 0) | (top_k > vocab_size), vocab_size, top_k)
+        there = to_device(columns, device)
         return cls(
             kind=kind,
-            rows=rows,
-            members=(
-                None if len(rows) == len(states) else to_device(np.array(rows, np.int64), device)
-            ),
-            temperature=columns[:, 0:1],
-            top_p=columns[:, 1:2],
-            min_p=columns[:, 2:3],
-            limits=to_device(np.array(limits, np.int64), device)[:, None],
+            members=None if rows is None else to_device(rows, device),
+            temperature=there[:, 0:1],
+            top_p=there[:, 1:2],
+            min_p=there[:, 2:3],
+            limits=there[:, 3:4],
             most=min(width, vocab_size) if width else vocab_size,
-            least=min(limits),
-            uses_top_p=any(one.top_p < 1 for one in params),
-            uses_min_p=any(one.min_p for one in params),
+            least=int(columns[:, 3].min()),
+            uses_top_p=bool((columns[:, 1] < 1).any()),
+            uses_min_p=bool(columns[:, 2].any()),
         )
 
 
@@ -113,34 +109,42 @@ class RowPlan:
     def __init__(self, states: list[SamplingState], vocab_size: int, device: torch.device) -> None:
         self.states, self.device = states, device
         self.plain_greedy = all(state.plain_greedy for state in states)
-        groups: dict[tuple[Kind, int], list[int]] = {}
-        for row, state in enumerate(states):
-            groups.setdefault((state.kind, state.width), []).append(row)
-        self.groups = [
-            Group.of(kind, width, rows, states, vocab_size, device)
-            for (kind, width), rows in groups.items()
-        ]
+        kinds = [state.kind for state in states]
+        columns = np.array([state.columns for state in states], np.float32).reshape(-1, 4)
+        self.groups: list[Group] = []
+        for kind, width in dict.fromkeys(kinds):
+            rows = None
+            if kinds.count((kind, width)) < len(kinds):
+                rows = np.array([n for n, one in enumerate(kinds) if one == (kind, width)])
+            self.groups.append(Group.of(kind, width, rows, columns, vocab_size, device))
         self.draws = any(group.kind != "greedy" for group in self.groups)
         self.streams = np.array([state.stream for state in states], np.uint64)
-        self.changes = any(state.changes_logits for state in states)
-        self.each_step = [n for n, state in enumerate(states) if state.changes_each_step]
-        self.penalised = [n for n, state in enumerate(states) if state.penalised]
-        self.bias = self._bias()
-        self.banned = self._banned(vocab_size)
-        wanted = [(n, state.params.logprobs) for n, state in enumerate(states)]
-        self.logprobs = [
-            (n, vocab_size if count < 0 else min(count, vocab_size))
-            for n, count in wanted
-            if count is not None
-        ]
+        traits = [state.traits for state in states]
+        found = {trait: self._with(int(trait), traits) for trait in Trait}
+        self.changes = any(found[trait] for trait in CHANGES)
+        self.each_step = found[Trait.EACH_STEP]
+        self.penalised = found[Trait.PENALISED]
+        self.bias = self._bias(found[Trait.BIASED])
+        self.banned = self._banned(found[Trait.LIMITED], vocab_size)
+        self.logprobs: list[tuple[int, int]] = []
+        for row in found[Trait.LOGPROBS]:
+            count = states[row].params.logprobs or 0
+            self.logprobs.append((row, vocab_size if count < 0 else min(count, vocab_size)))
         self.logprob_rows = to_device(np.array([n for n, _ in self.logprobs], np.int64), device)
         self.penalties: Penalties | None = None  # made by the sampler, which owns the table
 
-    def _bias(self) -> tuple[Tensor, Tensor, Tensor] | None:
+    @staticmethod
+    def _with(trait: int, traits: list[int]) -> list[int]:
+        """Rows that have a trait."""
+        if not any(one & trait for one in set(traits)):
+            return []
+        return [row for row, one in enumerate(traits) if one & trait]
+
+    def _bias(self, biased: list[int]) -> tuple[Tensor, Tensor, Tensor] | None:
         found = [
             (row, token, value)
-            for row, state in enumerate(self.states)
-            for token, value in (state.params.logit_bias or {}).items()
+            for row in biased
+            for token, value in (self.states[row].params.logit_bias or {}).items()
         ]
         if not found:
             return None
@@ -148,8 +152,7 @@ class RowPlan:
         where = to_device(np.array([rows, tokens], np.int64), self.device)
         return where[0], where[1], to_device(np.array(values, np.float32), self.device)
 
-    def _banned(self, vocab_size: int) -> tuple[Tensor, Tensor] | None:
-        rows = [n for n, s in enumerate(self.states) if s.params.allowed_token_ids is not None]
+    def _banned(self, rows: list[int], vocab_size: int) -> tuple[Tensor, Tensor] | None:
         if not rows:
             return None
         masks = np.ones((len(rows), vocab_size), np.bool_)

@@ -6,6 +6,7 @@ Plain values only; tensors belong to the sampler, which reads states lazily (row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntFlag, auto
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,20 @@ from qnext.engine.thinking import ThinkTokens
 from qnext.engine.uniform import streams, uniforms
 
 Kind = Literal["greedy", "plain", "top_k", "sorted"]
+
+
+class Trait(IntFlag):
+    """What a sequence asks for beyond a plain draw."""
+
+    EACH_STEP = auto()  # the host has to look at it before every token
+    PENALISED = auto()
+    BIASED = auto()
+    LIMITED = auto()
+    LOGPROBS = auto()
+
+
+CHANGES = Trait.EACH_STEP | Trait.PENALISED | Trait.BIASED | Trait.LIMITED
+"""Traits that change logits."""
 
 
 class Row(NamedTuple):
@@ -61,12 +76,11 @@ class SamplingState:
         self.bad_words = [tuple(word) for word in bad_words]
         self.stop_ids = tuple(sorted(stop_ids))
         self.stream = int(streams(np.array([seed & (2**64 - 1)], np.uint64))[0])
-        self.kind: Kind = _kind(params)
+        kind = _kind(params)
         # A power of two that neighbours cannot change, so that sums keep their order.
-        self.width = max(32, 1 << (params.top_k - 1).bit_length()) if self.kind == "top_k" else 0
-        self.penalised = bool(
-            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        )
+        width = max(32, 1 << (params.top_k - 1).bit_length()) if kind == "top_k" else 0
+        self.kind: tuple[Kind, int] = kind, width
+        """How it is drawn, and from how many of the likeliest tokens at most (0: all)."""
         self.constraint = Constraint.of(
             grammar,
             thinking,
@@ -75,20 +89,10 @@ class SamplingState:
             end_ids=self.stop_ids,
             vocab_size=vocab_size,
         )
-        self.changes_each_step = bool(
-            self.bad_words
-            or (params.min_tokens and self.stop_ids)
-            or self.constraint
-            or params.logits_processors
-        )
-        """Whether the host has to look at this sequence before every token."""
-        self.changes_logits = bool(
-            self.changes_each_step
-            or self.penalised
-            or params.logit_bias
-            or params.allowed_token_ids is not None
-        )
-        self.plain_greedy = params.greedy and not self.changes_logits and params.logprobs is None
+        self.traits = int(_traits(params, self))
+        self.plain_greedy = params.greedy and not self.traits
+        self.columns = (params.temperature, params.top_p, params.min_p, float(params.top_k))
+        """Numbers of the draw, for row_plan.py."""
         self.must_end = False
         """Whether the last token ended the grammar, so that ``min_tokens`` has no say."""
         self.processor_error: str | None = None
@@ -117,6 +121,26 @@ class SamplingState:
         """The uniform number in [0, 1) of the token ``ahead`` places after the output."""
         index = np.array([len(self.output_ids) + ahead], np.int64)
         return float(uniforms(np.array([self.stream], np.uint64), index)[0])
+
+
+def _traits(params: SamplingParams, state: SamplingState) -> Trait:
+    found = Trait(0)
+    if (
+        state.bad_words
+        or (params.min_tokens and state.stop_ids)
+        or state.constraint
+        or params.logits_processors
+    ):
+        found |= Trait.EACH_STEP
+    if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
+        found |= Trait.PENALISED
+    if params.logit_bias:
+        found |= Trait.BIASED
+    if params.allowed_token_ids is not None:
+        found |= Trait.LIMITED
+    if params.logprobs is not None:
+        found |= Trait.LOGPROBS
+    return found
 
 
 def _kind(params: SamplingParams) -> Kind:

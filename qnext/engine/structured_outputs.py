@@ -101,6 +101,8 @@ class StructuredOutputsParams:
         if self.grammar is not None:
             return GrammarSource("grammar", self.grammar)
         text = '{"type": "object"}' if self.json is None else self.json
+        if text.strip() == "true":  # any value; llguidance takes objects only
+            text = "{}"
         return GrammarSource("json", text, not self.disable_any_whitespace, self.whitespace_pattern)
 
     def _check_types(self) -> None:
@@ -183,7 +185,9 @@ def _check_schema(text: str) -> None:
         schema = jsonlib.loads(text)
     except ValueError as error:
         _refuse(f"json is no JSON: {error}")
-    if not isinstance(schema, (dict, bool)):
+    if schema is False:
+        _refuse("json is the schema false, which allows no text")
+    if schema is not True and not isinstance(schema, dict):
         _refuse(f"json must be a schema, which is an object; found {type(schema).__name__}")
 
 

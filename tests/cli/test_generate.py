@@ -46,6 +46,28 @@ def test_greedy_is_the_same_with_and_without_drafts(qnext):
     assert len(drafted["stats"]["acceptance_per_position"]) == 2
 
 
+def test_a_text_of_a_form(qnext, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"ok": {"type": "boolean"}},'
+                      ' "required": ["ok"], "additionalProperties": false}')  # fmt: skip
+    done = json.loads(qnext("generate", "As JSON:", "--json-schema", schema, "--json").out)
+    assert json.loads(done["text"])["ok"] in (True, False)
+    done = json.loads(qnext("generate", "So:", "--regex", "[ab]{3}", "--json").out)
+    assert len(done["text"]) == 3
+    two = ("--choice", "yes", "--choice", "no")
+    assert json.loads(qnext("generate", "So:", *two, "--json").out)["text"] in ("yes", "no")
+    ebnf = tmp_path / "sum.ebnf"
+    ebnf.write_text('root ::= [1-9] "+" [1-9]')
+    done = json.loads(qnext("generate", "So:", "--grammar", ebnf, "--json").out)
+    assert done["text"][1] == "+"
+    assert done["finish_reason"] == "stop"
+    thought = ("generate", "Why?<think>\n", "--max-thinking-tokens", 3, "--max-tokens", 20)
+    assert "</think>" in json.loads(qnext(*thought, "--json").out)["text"]
+    done = qnext("generate", "So:", *two, "--regex", "a")
+    assert done.code == 2
+    assert "exactly one" in done.err
+
+
 def test_a_prompt_from_standard_input(qnext, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Läuft".encode())))
     assert qnext("generate", "-", "--max-tokens", 1).out.startswith("Läuft")
