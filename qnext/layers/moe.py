@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
@@ -12,29 +10,30 @@ from qnext.kernels.experts import experts, route
 from qnext.layers.mlp import MLP
 
 
-@dataclass
 class RouterStats:
     """What the load-balancing and z losses need, one entry per MoE layer that ran.
 
     Attributes:
-        probs: (E,) mean full-softmax probability, differentiable.
+        probs: (E,) full-softmax probability, summed over the tokens, differentiable.
         counts: (E,) int64 tokens that chose each expert.
-        z: scalar mean of ``logsumexp(logits)^2``, differentiable.
+        z: scalar sum of ``logsumexp(logits)^2``, differentiable.
     """
 
-    probs: list[Tensor] = field(default_factory=list)
-    counts: list[Tensor] = field(default_factory=list)
-    z: list[Tensor] = field(default_factory=list)
+    # Not a dataclass: wrappers that look for tensors in arguments copy dataclasses.
+    def __init__(self) -> None:
+        self.probs: list[Tensor] = []
+        self.counts: list[Tensor] = []
+        self.z: list[Tensor] = []
 
     def add(self, logits: Tensor, ids: Tensor) -> None:
         """Record one layer's router logits (T, E) and choices (T, k)."""
-        wide = logits.float()
-        self.probs.append(wide.softmax(-1).mean(0))
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        self.probs.append(wide.softmax(-1).sum(0))
         # scatter_add instead of bincount: no host synchronisation on a GPU.
         chosen = ids.flatten()
         counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=ids.device)
         self.counts.append(counts.scatter_add_(0, chosen, torch.ones_like(chosen)))
-        self.z.append(wide.logsumexp(-1).square().mean())
+        self.z.append(wide.logsumexp(-1).square().sum())
 
 
 class Experts(nn.Module):

@@ -1,7 +1,8 @@
-"""Pretraining on one device: recipe in, Hugging Face folder out.
+"""Pretraining on one device or many: recipe in, Hugging Face folder out.
 
-Read ``config`` (the recipe), ``data`` (packed batches), ``loss``, ``optim``, ``trainer`` (one
-step, one loop), ``resume``, ``report``, ``evaluate``.
+Read ``config`` (the recipe), ``prepare`` and ``data`` (texts to packed batches), ``loss``,
+``optim``, ``build``, ``trainer`` (one step, one loop), ``watch``, ``resume`` and ``sharded``,
+``report``, ``evaluate``.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ def main(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainResult:
         ConfigError: a bad recipe.
         TrainingError: data or a checkpoint that do not fit, or a loss that stays non-finite.
     """
+    from qnext.parallel.launch import leave
     from qnext.train.config import load_recipe
     from qnext.train.trainer import Trainer
 
-    return Trainer(load_recipe(Path(recipe), list(overrides))).run()
+    result = Trainer(load_recipe(Path(recipe), list(overrides))).run()
+    leave()
+    return result
 
 
 def train(recipe: str | Path, overrides: Sequence[str] | None = None) -> Path:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qnext.parallel.mesh import ParallelConfig
+from qnext.parallel.recompute import Kind
 from qnext.train.recipe import read_recipe, write_recipe
 
 
@@ -65,7 +67,9 @@ class OptimizerConfig(_Section):
     grad_clip: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
     decay_fraction: float = Field(default=0.3, ge=0, le=1)
-    """Share of the run in which the rate falls linearly to ``final_lr_ratio``."""
+    """Share of the run in which the rate falls to ``final_lr_ratio``."""
+    decay: Literal["linear", "cosine", "sqrt"] = "linear"
+    """How it falls; sqrt is one minus the square root of the share that has passed."""
     final_lr_ratio: float = Field(default=0.02, ge=0)
     spike_factor: float = Field(default=0.0, ge=0)
     """Skip a step whose gradient norm is so many times its running mean; 0 never."""
@@ -82,14 +86,41 @@ class LossConfig(_Section):
     router_z: float = Field(default=0.0, ge=0)
 
 
+class StabilityConfig(_Section):
+    """When a run goes back to its last good checkpoint and on with other data."""
+
+    loss_factor: float = Field(default=0.0, ge=0)
+    """A loss so many times its running mean is a jump; 0 never."""
+    loss_warmup: int = Field(default=10, ge=0)
+    """Readings of the loss before jumps are looked for."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """A run that fails once more ends."""
+
+
+class ReportConfig(_Section):
+    """Where the figures go besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    """Event files under ``output/tensorboard``, if tensorboard is installed."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases; needs the package and, unless offline, an account."""
+
+
 class TrainConfig(_Section):
     """One run. ``model`` is a table in the words of ``config.json``."""
 
     output: str
-    model: dict[str, Any]
+    model: dict[str, Any] = {}
+    init_from: str | None = None
+    """Instead of ``model``: folder or hub id whose config and weights the run begins with."""
     data: DataConfig
     optimizer: OptimizerConfig
     loss: LossConfig = LossConfig()
+    stability: StabilityConfig = StabilityConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    report: ReportConfig = ReportConfig()
+    recompute: tuple[Kind, ...] = ()
+    """Modules whose activations are forgotten and computed again in the backward pass."""
     steps: int = Field(gt=0)
     seed: int = 0
     device: str = "auto"
@@ -105,6 +136,12 @@ class TrainConfig(_Section):
     time_limit_s: float = Field(default=0.0, ge=0)
     """Seconds for the whole run, all calls together: the decay begins in time to end by then,
     with fewer than ``steps`` steps if need be. 0: ``steps`` alone decides."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> TrainConfig:
+        if bool(self.model) == bool(self.init_from):
+            raise ValueError("give either model or init_from")
+        return self
 
 
 def load_recipe(path: Path, overrides: list[str]) -> TrainConfig:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qnext.errors import TrainingError
 from qnext.layers.packed import PackedBatch
+from qnext.parallel.context import cut
 
 IGNORE_INDEX = -100
 
@@ -78,7 +79,8 @@ class TrainBatch:
         labels: (depth + 1, T) int64; row d holds the token d + 1 ahead inside the same
             sequence, IGNORE_INDEX where there is none.
         packed: how the tokens are cut.
-        valid: labels that count, for each depth.
+        valid: labels that count, for each depth; those of the other data-parallel ranks' batches
+            of the same micro step included.
     """
 
     input_ids: Tensor
@@ -106,6 +108,13 @@ class TrainBatch:
         ids = self.input_ids.to(device, non_blocking=True)
         labels = self.labels.to(device, non_blocking=True)
         return TrainBatch(ids, labels, packed, self.valid)
+
+    def cut(self, index: int, count: int) -> TrainBatch:
+        """Piece ``index`` of ``count``, for ranks that share the tokens of a batch."""
+        if count == 1:
+            return self
+        packed, rows = cut(self.packed, index, count)
+        return TrainBatch(self.input_ids[rows], self.labels[:, rows], packed, self.valid)
 
 
 def make_batch(sequences: list[np.ndarray], depth: int) -> TrainBatch:
@@ -212,12 +221,10 @@ class PackedLoader:
 
     def next(self) -> TrainBatch:
         """The next batch of exactly ``tokens`` tokens."""
-        mine: list[np.ndarray] = []
-        for part in range(self.parts):
-            sequences = self._pack()
-            if part == self.part:
-                mine = sequences
-        return make_batch(mine, self.depth)
+        packs = [self._pack() for _ in range(self.parts)]
+        lengths = [len(sequence) for pack in packs for sequence in pack]
+        valid = tuple(sum(max(n - d - 1, 0) for n in lengths) for d in range(self.depth + 1))
+        return replace(make_batch(packs[self.part], self.depth), valid=valid)
 
     def _pack(self) -> list[np.ndarray]:
         sequences: list[np.ndarray] = []

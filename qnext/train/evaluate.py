@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 
 import torch
+import torch.distributed as dist
 
-from qnext.layers.model import CausalLM
-from qnext.train.data import IGNORE_INDEX, TokenShards, heldout_batches
-
-CHUNK_TOKENS = 8192
+from qnext.parallel import Mesh
+from qnext.train.data import TokenShards, heldout_batches
+from qnext.train.loss import Objective
 
 
 @dataclass(frozen=True)
@@ -45,48 +46,44 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: CausalLM, shards: Sequence[TokenShards], seq_len: int, tokens: int
+    objective: Objective,
+    shards: Sequence[TokenShards],
+    seq_len: int,
+    tokens: int,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Score every held-out document once, in sequences of at most ``seq_len`` tokens.
 
     The first token of each sequence is not predicted; bits per byte divide by all bytes scaled
-    by the share of tokens that are predicted.
+    by the share of tokens that are predicted. Data-parallel ranks share the batches.
+
+    Args:
+        objective: holds the model; its losses play no role.
+        shards: what to score.
+        seq_len: tokens of the longest sequence.
+        tokens: of a batch, about.
+        mesh: the ranks, if there are several; all must call.
     """
+    model = objective.model
     was_training = model.training
     model.eval()
-    nats = hits = agree = accept = right = 0.0
-    count = places = total = 0
-    batches = (b for part in shards for b in heldout_batches(part, tokens, seq_len, 1))
-    for batch in batches:
-        batch = batch.to(model.device)
-        hidden = model.hidden_states(batch.input_ids, batch.packed)
-        total += len(batch.input_ids)
-        drafts = None
-        if model.mtp is not None:
-            following = batch.labels[0].clamp(min=0)
-            ahead = model.draft_states(hidden, following, batch.packed)
-            drafts = torch.cat([model.logits(p).argmax(1) for p in ahead.split(CHUNK_TOKENS)])
-        for start in range(0, len(hidden), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            labels = batch.labels[0, part]
-            valid = labels != IGNORE_INDEX
-            scores = model.logits(hidden[part]).float().log_softmax(1)
-            picked = scores.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
-            nats -= (picked * valid).sum().item()
-            hits += ((scores.argmax(1) == labels) & valid).sum().item()
-            count += int(valid.sum())
-            if drafts is not None:
-                # The draft made at i is about the token at i + 2: the main row i + 1 judges it.
-                rows = torch.arange(start, start + len(labels), device=model.device)
-                made = drafts[(rows - 1).clamp(min=0)]
-                inside = (batch.packed.positions[part] >= 1) & valid
-                agree += ((scores.argmax(1) == made) & inside).sum().item()
-                chance = scores.gather(1, made.unsqueeze(1)).squeeze(1).exp()
-                accept += (chance * inside).sum().item()
-                right += ((labels == made) & inside).sum().item()
-                places += int(inside.sum())
+    part, parts = mesh.place("data") if mesh is not None else (0, 1)
+    device = mesh.device if mesh is not None else model.device
+    batches = (b for one in shards for b in heldout_batches(one, tokens, seq_len, 1))
+    sums = torch.zeros(8, dtype=torch.float64, device=device)
+    for group in zip_longest(*[batches] * parts):
+        # Every rank makes every forward pass, a collective; those without a batch count nothing.
+        batch = group[part] if group[part] is not None else group[0]
+        batch = batch.to(device)
+        if mesh is not None:
+            batch = batch.cut(*mesh.place("context"))
+        found = objective.score(batch)
+        sums += found * (group[part] is not None)
+    if mesh is not None:
+        dist.all_reduce(sums)
     model.train(was_training)
-    num_bytes = sum(part.num_bytes for part in shards) * count / max(total, 1)
+    nats, hits, count, agree, accept, right, places, total = sums.tolist()
+    num_bytes = sum(one.num_bytes for one in shards) * count / max(total, 1)
     has = model.mtp is not None and places
     return Evaluation(
         loss=nats / max(count, 1),
@@ -95,5 +92,5 @@ def evaluate(
         draft_agreement=agree / places if has else None,
         draft_acceptance=accept / places if has else None,
         draft_accuracy=right / places if has else None,
-        tokens=count,
+        tokens=int(count),
     )

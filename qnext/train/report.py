@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qnext.config import ModelConfig
+from qnext.train.config import ReportConfig
+from qnext.train.sinks import open_sinks
 from qnext.weights import disk_tensors
 
 log = logging.getLogger(__name__)
@@ -58,10 +61,12 @@ class Report:
         flops: float,
         peak: float | None,
         progress: float = 0.0,
+        config: ReportConfig | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _forget_after(folder / "metrics.jsonl", start)
         self.folder, self.steps, self.flops, self.peak = folder, steps, flops, peak
+        self.sinks = open_sinks(folder, config or ReportConfig(tensorboard=False))
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.started = self.last = time.perf_counter()
         self.last_step, self.last_progress = start, progress
@@ -100,15 +105,35 @@ class Report:
         return row
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one JSON line."""
+        """Append one JSON line, and pass its numbers on."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+        if self.sinks:
+            numbers = dict(_numbers(row))
+            for sink in self.sinks:
+                sink.log(numbers, row["step"])
+
+    def event(self, name: str, step: int, facts: dict[str, Any]) -> None:
+        """Record that something happened to the run."""
+        self.last_step = step
+        self.write({"step": step, "event": name, **facts})
 
     def close(self) -> None:
         """End the bar and the file."""
         if self.bar is not None:
             self.bar.stop()
+        for sink in self.sinks:
+            sink.close()
         self.file.close()
+
+
+def _numbers(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Names and values of all plain numbers of a row."""
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key not in ("step", "tokens"):
+            yield prefix + key, float(value)
 
 
 def _forget_after(file: Path, step: int) -> None:

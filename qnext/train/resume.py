@@ -14,6 +14,8 @@ from torch import Tensor
 
 from qnext.errors import TrainingError
 
+#: What a checkpoint of many ranks has and one of a single process has not.
+METADATA = ".metadata"
 LATEST = "latest"
 
 
@@ -33,23 +35,26 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict[str, A
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What ``save_checkpoint`` wrote last, or None.
+def latest(folder: Path) -> Path | None:
+    """The last whole checkpoint under ``folder``, if there is one."""
+    # The second: killed between the two renames.
+    return next((p for p in (folder / LATEST, folder / "latest.old") if p.exists()), None)
+
+
+def read_checkpoint(found: Path) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+    """Tensors and facts of a checkpoint; no tensors if it was written by many ranks.
 
     Raises:
         TrainingError: a checkpoint that cannot be read.
     """
-    final = folder / LATEST
-    if not final.exists():
-        final = folder / "latest.old"  # killed between the two renames
-    if not final.exists():
-        return None
     try:
-        tensors = load_file(final / "state.safetensors")
-        facts = json.loads((final / "facts.json").read_text(encoding="utf-8"))
+        facts = json.loads((found / "facts.json").read_text(encoding="utf-8"))
+        if (found / METADATA).exists():
+            return None, facts
+        tensors = load_file(found / "state.safetensors")
     except Exception as error:
         raise TrainingError(
-            f"{final} cannot be resumed from: {error}", hint="remove it to start afresh"
+            f"{found} cannot be resumed from: {error}", hint="remove it to start afresh"
         ) from error
     torch.set_rng_state(tensors.pop("rng"))
     return tensors, facts

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from qnext.train.config import OptimizerConfig
 
 
 def learning_rate(step: int, progress: float, config: OptimizerConfig) -> float:
-    """Linear warm-up, flat, linear decay to the final ratio.
+    """Linear warm-up, flat, decay to the final ratio.
 
     Args:
         step: counted from 0.
@@ -19,4 +21,8 @@ def learning_rate(step: int, progress: float, config: OptimizerConfig) -> float:
     if left >= config.decay_fraction:
         return config.lr
     share = left / config.decay_fraction
+    if config.decay == "cosine":
+        share = 0.5 - 0.5 * math.cos(math.pi * share)
+    elif config.decay == "sqrt":
+        share = 1 - math.sqrt(1 - share)
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * share)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import randomise
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import MODEL
 
 from qnext.checkpoint import build_model
@@ -19,7 +23,29 @@ from qnext.layers.packed import PackedBatch
 from qnext.train import loss as losses
 from qnext.train.config import LossConfig
 from qnext.train.data import IGNORE_INDEX, TrainBatch, make_batch
-from qnext.train.loss import compute_losses, linear_cross_entropy, load_balance_loss
+from qnext.train.loss import Objective, Step, linear_cross_entropy, load_balance_loss
+
+
+@dataclass
+class Losses:
+    total: Tensor
+    main: Tensor
+    mtp: Tensor
+    balance: Tensor
+    counts: Tensor
+
+
+def compute_losses(
+    model: CausalLM,
+    batch: TrainBatch,
+    config: LossConfig,
+    valid: Sequence[int],
+    tokens: int | None = None,
+    seen: Tensor | None = None,
+) -> Losses:
+    step = Step(tuple(valid), tokens or len(batch.input_ids))
+    return Losses(*Objective(model, config)(batch, step, seen))
+
 
 PLAIN = LossConfig(mtp_weight=0.0, mtp_depth=0, load_balance=0.0)
 
@@ -57,7 +83,7 @@ def test_chunked_cross_entropy_is_cross_entropy(tokens: int, chunk: int, seed: i
     count = max(int((labels >= 0).sum()), 1)
     whole = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum") / count
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "CHUNK_TOKENS", chunk)
+        patch.setattr(losses, "CHUNK_LOGITS", chunk * 9)
         ours = linear_cross_entropy(hidden, weight, labels, count)
     torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-12)
     got = torch.autograd.grad(3 * ours, (hidden, weight))
@@ -66,11 +92,48 @@ def test_chunked_cross_entropy_is_cross_entropy(tokens: int, chunk: int, seed: i
 
 
 def test_cross_entropy_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_TOKENS", 2)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 14)
     hidden, weight = torch.randn(5, 4), torch.randn(7, 4)
     labels = torch.tensor([1, IGNORE_INDEX, 3, 6, 0])
     want = F.cross_entropy(hidden @ weight.t(), labels)
     torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, 4), want)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, width, vocab = 2000, 8, 300
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    weight = torch.randn(vocab, width, requires_grad=True)
+    labels = torch.randint(vocab, (tokens,))
+    sizes = []
+    for budget in (vocab * 128, vocab * 512):
+        monkeypatch.setattr(losses, "CHUNK_LOGITS", budget)
+        with _Largest() as largest:
+            linear_cross_entropy(hidden, weight, labels, tokens).backward()
+        assert largest.size <= max(budget, tokens * width)
+        sizes.append(largest.size)
+    assert sizes[0] < sizes[1] < tokens * vocab / 3
+    with _Largest() as largest:  # the measure sees them where they do exist
+        F.cross_entropy(hidden @ weight.t(), labels)
+    assert largest.size == tokens * vocab
+
+
+def test_chunks_have_a_memory_bound_at_any_vocabulary() -> None:
+    for vocab in (32, 8192, 151_936, 248_320):
+        assert losses.chunk_tokens(vocab) * vocab <= losses.CHUNK_LOGITS
+        assert losses.chunk_tokens(vocab) >= 512
 
 
 def test_balance_is_one_when_uniform_and_the_experts_when_collapsed() -> None:
@@ -153,12 +216,12 @@ def test_mtp_loss_is_the_written_one(depth: int) -> None:
 
 def test_micro_batches_add_up_to_the_step() -> None:
     model = _model()
-    config = LossConfig(mtp_weight=0.3, mtp_depth=1, load_balance=0.0)
+    config = LossConfig(mtp_weight=0.3, mtp_depth=1, load_balance=0.0, router_z=0.1)
     sequences = _sequences(20, 9, 30, 5)
     step = make_batch(sequences, 1)
     want = _grads(model, compute_losses(model, step, config, step.valid).total)
     pieces: list[TrainBatch] = [make_batch(sequences[:1], 1), make_batch(sequences[1:], 1)]
-    totals = [compute_losses(model, p, config, step.valid, 2).total for p in pieces]
+    totals = [compute_losses(model, p, config, step.valid, 64).total for p in pieces]
     got = _grads(model, totals[0] + totals[1])
     for name in want:
         _same(got[name], want[name], name)
@@ -171,8 +234,8 @@ def test_balance_counts_the_whole_step() -> None:
     alone = compute_losses(model, batch, config, batch.valid)
     assert len(alone.counts) == 2
     assert all(int(c.sum()) == 24 * 2 for c in alone.counts)
-    lopsided = [F.one_hot(c.argmax(), 4) * 10_000 for c in alone.counts]
-    seen = compute_losses(model, batch, config, batch.valid, 1, lopsided)
+    lopsided = torch.stack([F.one_hot(c.argmax(), 4) * 10_000 for c in alone.counts])
+    seen = compute_losses(model, batch, config, batch.valid, None, lopsided)
     assert float(seen.balance) > float(alone.balance) > 0.5
 
 

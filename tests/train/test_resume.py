@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,16 @@ from toy import write_recipe
 
 from qnext.errors import TrainingError
 from qnext.train import main
-from qnext.train.resume import load_checkpoint, save_checkpoint
+from qnext.train.resume import latest, read_checkpoint, save_checkpoint
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    found = latest(folder)
+    if found is None:
+        return None
+    tensors, facts = read_checkpoint(found)
+    assert tensors is not None
+    return tensors, facts
 
 
 def _state(folder: Path) -> dict[str, torch.Tensor]:

@@ -29,3 +29,14 @@ def test_the_clock_decides_the_decay_when_it_is_further() -> None:
 def test_without_decay_or_warm_up_the_rate_is_flat() -> None:
     flat = OptimizerConfig(lr=2.0, warmup_steps=0, decay_fraction=0.0)
     assert [learning_rate(s, s / 9, flat) for s in range(10)] == [2.0] * 10
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "sqrt"])
+def test_every_decay_falls_from_the_peak_to_the_end(decay: str) -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=0, decay_fraction=0.5, decay=decay)  # type: ignore[arg-type]
+    rates = [learning_rate(1, p, config) for p in (0.2, 0.5, 0.6, 0.75, 0.9, 1.0)]
+    assert rates[:2] == [1.0, 1.0]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(config.final_lr_ratio)
+    middle = {"linear": 0.5, "cosine": 0.5, "sqrt": 1 - 0.5**0.5}[decay]
+    assert rates[3] == pytest.approx(0.02 + 0.98 * middle)

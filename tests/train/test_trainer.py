@@ -16,9 +16,10 @@ from qnext import load_model
 from qnext.errors import ConfigError, TrainingError
 from qnext.layers.packed import PackedBatch
 from qnext.train import main
-from qnext.train.config import load_recipe
+from qnext.train.config import LossConfig, load_recipe
 from qnext.train.data import TokenShards
 from qnext.train.evaluate import evaluate
+from qnext.train.loss import Objective
 from qnext.train.trainer import Trainer
 
 
@@ -51,7 +52,7 @@ def test_the_export_is_the_trained_model(finished: Path) -> None:
     report = json.loads((finished / "run" / "evaluation.json").read_text())
     model = load_model(finished / "run" / "model", dtype="float32", device="cpu")
     shards = TokenShards(finished / "shards", "heldout")
-    again = evaluate(model, [shards], seq_len=32, tokens=64)
+    again = evaluate(Objective(model, LossConfig()), [shards], seq_len=32, tokens=64)
     assert again.loss == pytest.approx(report["loss"], rel=0.02)  # the export is BF16
     assert again.tokens == report["tokens"]
     assert (finished / "run" / "model" / "tokenizer.json").exists()
@@ -82,7 +83,7 @@ def test_figures_on_held_out_text_are_their_definitions(finished: Path) -> None:
                     right += int(drafts[i - 1] == piece[i + 1])
                     chance += scores[i, drafts[i - 1]].exp().item()
                     places += 1
-    got = evaluate(model, [shards], seq_len=32, tokens=100)
+    got = evaluate(Objective(model, LossConfig()), [shards], seq_len=32, tokens=100)
     assert got.tokens == count
     assert got.loss == pytest.approx(nats / count, rel=1e-5)
     share = count / len(shards.tokens)
@@ -155,7 +156,9 @@ def test_skipped_updates_are_told_and_a_lasting_failure_ends_the_run(
     trainer = Trainer(load_recipe(recipe, ["log_every=3"]))
     with torch.no_grad():
         trainer.model.model.embed_tokens.weight[:] = float("nan")
-    with pytest.raises(TrainingError, match="last 3 updates were skipped; the loss of step 3"):
+    with pytest.raises(
+        TrainingError, match="step 3: the last 3 updates were skipped; the loss is nan"
+    ):
         trainer.run()
 
 
@@ -207,3 +210,95 @@ def test_a_mixture_trains_and_long_documents_may_be_refused(tmp_path: Path) -> N
         main(recipe, ["data.shards=x"])
     with pytest.raises(ConfigError, match=r"seq_len 999 is more than model\.max_position_embedd"):
         main(recipe, ["data.seq_len=999"])
+
+
+def _spoil(trainer: Trainer, at: set[int], how: str) -> None:
+    """Damage the run once at each of some batches, counted from the start of the call."""
+    inner, count = trainer._step, iter(range(10**6))
+
+    def step(batches):  # type: ignore[no-untyped-def]
+        if next(count) in at:
+            with torch.no_grad():
+                weight = trainer.model.model.embed_tokens.weight
+                weight.copy_(weight * 40 if how == "jump" else weight * float("nan"))
+        return inner(batches)
+
+    trainer._step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("how", ["jump", "nan"])
+def test_a_lost_run_goes_back_and_on_with_other_data(tmp_path: Path, how: str) -> None:
+    words = ["log_every=1", "checkpoint_every=2", "stability.loss_factor=2", "steps=12"]
+    words += ["stability.loss_warmup=3", "dtype=bfloat16"]  # masters keep what the weights lose
+    trainer = Trainer(load_recipe(write_recipe(tmp_path), words))
+    _spoil(trainer, {7}, how)
+    used = []
+    take = trainer.loader.next
+
+    def counted():  # type: ignore[no-untyped-def]
+        used.append(trainer.loader.state_dict())
+        return take()
+
+    trainer.loader.next = counted  # type: ignore[method-assign]
+    result = trainer.run()
+    assert (result.steps, result.finished) == (12, True)
+    assert trainer.watch.rollbacks == 1
+    rows = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    [event] = [r for r in rows if r.get("event") == "rollback"]
+    assert (event["step"], event["from"]) == (6, 8)
+    steps = [r["step"] for r in rows if "loss" in r]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 7, 8, 9, 10, 11, 12]
+    assert result.evaluation.loss < math.log(VOCAB)
+    # 14 steps of two micro batches were taken from the stream, none twice.
+    taken = trainer.position["sources"][0]["taken"]
+    assert taken == 14 * 128
+
+
+def test_a_run_that_fails_again_and_again_ends(tmp_path: Path) -> None:
+    words = ["log_every=1", "checkpoint_every=1", "stability.max_rollbacks=2", "steps=20"]
+    trainer = Trainer(load_recipe(write_recipe(tmp_path), words))
+    _spoil(trainer, set(range(4, 100)), "nan")
+    with pytest.raises(TrainingError, match="2 rollbacks were made"):
+        trainer.run()
+    # The last good checkpoint is still there.
+    again = Trainer(load_recipe(tmp_path / "recipe.toml", words))
+    again._resume()
+    assert again.step_done == 4
+    assert again.watch.rollbacks == 0
+
+
+def test_training_goes_on_from_given_weights(tmp_path: Path, finished: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    head, _, rest = recipe.read_text().partition("[model]")
+    model = finished / "run" / "model"
+    recipe.write_text(f'init_from = "{model}"\n' + head + rest[rest.index("[data]") :])
+    start = Trainer(load_recipe(recipe, [])).evaluate()
+    report = json.loads((finished / "run" / "evaluation.json").read_text())
+    assert start.loss == pytest.approx(report["loss"], rel=0.02)
+    assert main(recipe, ["steps=4", "optimizer.lr=1e-3"]).evaluation.loss < start.loss + 0.1
+    with pytest.raises(ConfigError, match="give either model or init_from"):
+        main(recipe, ["model.vocab_size=32"])
+
+
+def test_where_the_figures_go(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "run" / "tensorboard"))
+    events.Reload()
+    assert {"loss", "mtp_loss", "grad_norm", "tokens_per_s", "heldout/bits_per_byte"} <= set(
+        events.Tags()["scalars"]
+    )
+    rows = [json.loads(r) for r in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in rows if "loss" in r]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses)
+
+
+def test_an_absent_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from qnext.train import sinks
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(sinks, "find_spec", lambda n: None if n == "wandb" else real(n))
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        main(write_recipe(tmp_path), ["report.wandb_project=x"])
