@@ -27,6 +27,9 @@ Words = NDArray[np.uint32]
 """One bit per token id, the lowest first."""
 
 _CACHED = 256
+_LATE = 2
+"""Compilations beyond the time limit that may run on at the same time."""
+
 _BLANKS = r" |\r?\n[ \t]{0,60}"
 """Between the parts of JSON: one blank, or a line break with its indent; never blanks for ever."""
 
@@ -105,10 +108,16 @@ class GrammarCompiler:
         tokenizer: its bytes are what grammars speak of.
         vocab_size: V of the masks.
         eos_token_ids: end tokens, never part of a text.
+        time_limit: seconds after which a grammar is refused.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_token_ids: Iterable[int] = (),
+        *,
+        time_limit: float = 2.0,
     ) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.eos_token_ids = sorted({*eos_token_ids, *tokenizer.eos_token_ids})
@@ -116,23 +125,55 @@ class GrammarCompiler:
         self._end_bits = bits_of((i for i in self.eos_token_ids if i < vocab_size), vocab_size)
         self._cache: OrderedDict[GrammarSource, Grammar] = OrderedDict()
         self._lock = threading.Lock()
+        self._time_limit = time_limit
+        self._late: list[threading.Thread] = []
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """A grammar at its beginning.
 
         Raises:
-            RequestError: it cannot be compiled, would explode or allows no text; or llguidance
-                is not installed.
+            RequestError: it cannot be compiled, would explode, takes too long or allows no text;
+                or llguidance is not installed.
         """
         source = params.source
         with self._lock:
+            self._tokens()
             found = self._cache.get(source)
-            if found is None:
-                found = self._cache[source] = self._compile(source)
-                if len(self._cache) > _CACHED:
-                    self._cache.popitem(last=False)
+        if found is None:
+            found = self._in_time(source)
+        with self._lock:
+            self._cache[source] = found
             self._cache.move_to_end(source)
+            if len(self._cache) > _CACHED:
+                self._cache.popitem(last=False)
             return found.copy()
+
+    def _in_time(self, source: GrammarSource) -> Grammar:
+        """Compile in a thread of its own, which does not hold Python's lock, up to the limit.
+
+        The library cannot be interrupted: a thread that is late runs on to its end, and only a
+        few may, so that nobody can fill the machine with them.
+        """
+        self._late = [thread for thread in self._late if thread.is_alive()]
+        if len(self._late) >= _LATE:
+            raise _refused(source, "others that take too long are still being compiled")
+        result: list[Grammar | Exception] = []
+
+        def work() -> None:
+            try:
+                result.append(self._compile(source))
+            except Exception as error:
+                result.append(error)
+
+        thread = threading.Thread(target=work, name="qnext-grammar", daemon=True)
+        thread.start()
+        thread.join(self._time_limit)
+        if not result:
+            self._late.append(thread)
+            raise _refused(source, f"it takes longer than {self._time_limit:g} s to compile")
+        if isinstance(result[0], Exception):
+            raise result[0]
+        return result[0]
 
     def _compile(self, source: GrammarSource) -> Grammar:
         backend = self._tokens()

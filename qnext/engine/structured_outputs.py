@@ -8,6 +8,7 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from qnext.engine.parameter_errors import nearest_hint
@@ -16,8 +17,14 @@ from qnext.errors import RequestError
 MAX_TEXT = 256 * 1024
 """Most characters of a schema, a grammar or a list of choices."""
 
-MAX_REGEX = 16 * 1024
-"""Most characters of a regular expression."""
+MAX_REGEX = 4096
+"""Most characters of a regular expression: time to compile one grows with the square."""
+
+MAX_MULTIPLE = 100_000
+"""Largest ``multipleOf``, as the numerator of a fraction: an automaton counts remainders."""
+
+MAX_BLANKS = 256
+"""Most characters of ``whitespace_pattern``."""
 
 MAX_DEPTH = 64
 """Deepest nesting of a schema, a regular expression or a grammar."""
@@ -134,8 +141,8 @@ class StructuredOutputsParams:
             _refuse(f"{name} is nested more than {MAX_DEPTH} deep")
         if source.kind == "json":
             _check_schema(source.text)
-        if self.whitespace_pattern is not None and len(self.whitespace_pattern) > MAX_REGEX // 64:
-            _refuse(f"whitespace_pattern has more than {MAX_REGEX // 64} characters")
+        if self.whitespace_pattern is not None and len(self.whitespace_pattern) > MAX_BLANKS:
+            _refuse(f"whitespace_pattern has more than {MAX_BLANKS} characters")
         if source.kind != "json" and (self.disable_any_whitespace or self.whitespace_pattern):
             _refuse(f"disable_any_whitespace and whitespace_pattern are of json, not of {name}")
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
@@ -189,6 +196,29 @@ def _check_schema(text: str) -> None:
         _refuse("json is the schema false, which allows no text")
     if schema is not True and not isinstance(schema, dict):
         _refuse(f"json must be a schema, which is an object; found {type(schema).__name__}")
+    _check_parts(schema)
+
+
+def _check_parts(part: Any) -> None:
+    """Refuse patterns that are too long and multiples that are too large, anywhere."""
+    if isinstance(part, list):
+        for item in part:
+            _check_parts(item)
+    if not isinstance(part, dict):
+        return
+    patterns = [part.get("pattern"), *_keys(part.get("patternProperties"))]
+    longest = max((len(text) for text in patterns if isinstance(text, str)), default=0)
+    if longest > MAX_REGEX:
+        _refuse(f"json has a pattern of {longest} characters; at most {MAX_REGEX} are allowed")
+    multiple = part.get("multipleOf")
+    if isinstance(multiple, (int, float)) and Fraction(str(multiple)).numerator > MAX_MULTIPLE:
+        _refuse(f"json has multipleOf={multiple}; at most {MAX_MULTIPLE} is allowed")
+    for value in part.values():
+        _check_parts(value)
+
+
+def _keys(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
 
 
 def _refuse(what: str) -> NoReturn:

@@ -182,6 +182,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "look-ahead": ({"regex": "(?=a)b"}, "look-around"),
     "reference": ({"regex": r"(a)\1"}, "backreference"),
     "long regex": ({"regex": "a" * 20_000}, "at most"),
+    "long pattern": ({"json": {"properties": {"a": {"pattern": "a" * 5000}}}}, "at most"),
+    "large multiple": ({"json": {"allOf": [{"multipleOf": 999_983}]}}, "multipleOf"),
     "deep regex": ({"regex": "(" * 100 + "a" + ")" * 100}, "deep"),
     "exploding regex": ({"regex": "(?:(?:a?){1,500}){1,500}a{500}"}, "too many"),
     "no choice": ({"choice": []}, "at least one"),
@@ -207,6 +209,21 @@ def test_what_cannot_be_used_is_refused_at_once(compiler: GrammarCompiler, name:
     assert time.perf_counter() - began < 5
     assert "<state>" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_a_grammar_that_takes_too_long_is_refused_and_cannot_pile_up(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, time_limit=0.05)
+    slow = {"allOf": [{"multipleOf": 397}, {"multipleOf": 401}], "type": "integer"}
+    began = time.perf_counter()
+    for minimum in (0, 1):
+        with pytest.raises(RequestError, match=r"takes longer than 0\.05 s"):
+            compiler.compile(Form(json={**slow, "minimum": minimum}))
+    with pytest.raises(RequestError, match="still being compiled"):
+        compiler.compile(Form(json={**slow, "minimum": 2}))
+    assert time.perf_counter() - began < 1
+    for thread in compiler._late:
+        thread.join()
+    assert compiler.compile(Form(choice=["a"])).allowed().any()
 
 
 def test_a_grammar_is_compiled_once(compiler: GrammarCompiler) -> None:
