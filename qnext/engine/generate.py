@@ -74,7 +74,7 @@ class Engine:
         )
         swap = SwapEstimate(model, tensors, self.cache, options.preemption)
         self.scheduler = Scheduler(options, self.cache, swap.pays)
-        self._runner = Runner(model, options, self.state, self.cache, self.stats)
+        self.runner = Runner(model, options, self.state, self.cache, self.stats)
         self._drafts = DraftPolicy(options.num_speculative_tokens, options.adaptive_drafts)
         self._seeds = random.Random(options.seed)
         self._arrivals = 0
@@ -151,6 +151,10 @@ class Engine:
         if not self._stepping:
             self._leave()
 
+    def reset_stats(self) -> None:
+        """Begin counting anew, for a measurement."""
+        self.stats = self.runner.stats = EngineStats()
+
     @property
     def has_work(self) -> bool:
         """Whether anything is waiting or running."""
@@ -181,7 +185,7 @@ class Engine:
                     metrics.first_scheduled_time = time.monotonic()
                     self.stats.num_cached_tokens += metrics.num_cached_tokens or 0
             if work:
-                self._runner.run(work, num_drafts)
+                self.runner.run(work, num_drafts)
             self._leave()
         except BaseException:
             self.stats.num_recomputed += len(self.scheduler.running)

@@ -56,7 +56,7 @@ class Runner:
         self.model, self.options, self.stats = model, options, stats
         self.state, self.cache = state, cache
         self.device = state.hidden.device
-        self._sampler = Sampler(options.vocab_size, options.unused_ids)
+        self.sampler = Sampler(options.vocab_size, options.unused_ids)
         longest = options.max_model_len + options.num_speculative_tokens + 1
         self._tables = BlockTables(cache, state.num_slots, -(-longest // options.block_size) + 1)
         self._drafter: Drafter | None = None
@@ -85,7 +85,7 @@ class Runner:
             picked, sampling = _sampled_rows(work)
         sampled: Sampled | None = None
         if sampling:
-            sampled = self._sampler(self.model.logits(self._pick(hidden, picked, rows)), sampling)
+            sampled = self.sampler(self.model.logits(self._pick(hidden, picked, rows)), sampling)
         kept = self._advance(work, sampled)
         if batch is not None:
             if any(w.drafts for w in work):

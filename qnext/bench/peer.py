@@ -54,7 +54,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
     plain = LLM(options.model, dtype=options.dtype, device=options.device)
     result: dict[str, Any] = {
         "options": asdict(options),
-        "machine": _machine(plain.model.device),
+        "machine": machine(plain.model.device),
         "model": plain.model_path.name,
         "dtype": str(plain.model.dtype).removeprefix("torch."),
     }
@@ -236,7 +236,7 @@ def _read_rate(device: torch.device) -> float:
     return best
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
