@@ -1,4 +1,4 @@
-"""The engine under load: throughput beside Hugging Face generate, latencies, prefix hits, overhead."""
+"""The engine under load: throughput beside a peer, latencies, prefix hits, overhead."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from qnext.bench.peer import PROMPTS, machine
 from qnext.engine.llm import LLM
 from qnext.engine.outputs import RequestOutput
+from qnext.engine.request import Request
 from qnext.engine.sampling_params import SamplingParams
 from qnext.errors import ConfigError
 
@@ -79,7 +80,7 @@ def prefix(
     """
     llm = LLM(model, **options)
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-    llm.generate(prompts_of(llm, 1, 256), params)
+    llm.generate(prompts_of(llm, 1, 256)[0][::-1], params)  # warm up, on another text
     rows: dict[str, list[float]] = {"first": [], "second": [], "the same again": []}
     cached: dict[str, int | None] = {}
     for n in range(repeats):
@@ -117,7 +118,8 @@ def latency(
     engine, done = llm.engine, 0
     engine.reset_stats()
     began = time.perf_counter()
-    waiting, running = list(prompts), []
+    waiting = list(prompts)
+    running: list[Request] = []
     while waiting or running:
         while waiting and len(running) < concurrency:
             running.append(engine.add_request(waiting.pop(), params))
@@ -173,8 +175,9 @@ def _bare_steps(llm: LLM, running: int, steps: int) -> list[float]:
     logits = torch.zeros(running, vocab, device=model.device)
     logits[:, 1] = 1.0
     real = model.hidden_states, model.logits
-    model.hidden_states = lambda ids, *_, **__: hidden[: len(ids)]  # type: ignore[method-assign]
-    model.logits = lambda rows: logits[: len(rows), :64]  # type: ignore[method-assign]
+    bare: Any = model
+    bare.hidden_states = lambda ids, *_, **__: hidden[: len(ids)]
+    bare.logits = lambda rows: logits[: len(rows), :64]
     sampler_vocab, engine.runner.sampler.vocab_size = engine.runner.sampler.vocab_size, 64
     try:
         params = SamplingParams(temperature=0.0, max_tokens=steps + 200, ignore_eos=True)
@@ -186,7 +189,7 @@ def _bare_steps(llm: LLM, running: int, steps: int) -> list[float]:
             engine.step()
         return [_seconds(engine.step) for _ in range(steps)]
     finally:
-        model.hidden_states, model.logits = real  # type: ignore[method-assign]
+        bare.hidden_states, bare.logits = real
         engine.runner.sampler.vocab_size = sampler_vocab
 
 

@@ -237,6 +237,7 @@ def _read_rate(device: torch.device) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
+    """What ran this, in one line and in parts."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

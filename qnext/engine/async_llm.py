@@ -162,6 +162,7 @@ class AsyncLLM:
             self._draining, self._closing = drain, True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.llm.close)
 
     async def _submit(self, prompt: Prompt, params: SamplingParams | None, priority: int) -> Stream:
         if params is None:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 import torch
 
-from qnext.engine.cache import CacheManager
+from qnext.engine.cache import CacheManager, DiskTier, HostTier, Tier
 from qnext.engine.options import EngineOptions
 from qnext.engine.outputs import RequestMetrics
 from qnext.engine.request import Request, RequestText, Sequence
@@ -61,6 +61,7 @@ class Engine:
             kv_dtype=options.kv_dtype,
         )
         tensors = StateTensors(self.state)
+        fingerprint = _fingerprint(model, options)
         self.cache = CacheManager(
             tensors,
             num_blocks=num_blocks,
@@ -68,9 +69,10 @@ class Engine:
             num_slots=self.state.num_slots,
             needs_state=bool(self.state.delta_states),
             enable_prefix_caching=options.enable_prefix_caching,
-            fingerprint=_fingerprint(model, options),
+            fingerprint=fingerprint,
             snapshot_interval=options.snapshot_interval,
             turn_end_ids=frozenset(options.eos_token_ids),
+            tiers=_tiers(options, fingerprint, self.state.hidden.is_cuda),
         )
         swap = SwapEstimate(model, tensors, self.cache, options.preemption)
         self.scheduler = Scheduler(options, self.cache, swap.pays)
@@ -89,6 +91,7 @@ class Engine:
         prompt: str | None = None,
         text: RequestText | None = None,
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> Request:
         """Queue a request; refused at once if it can never be served.
 
@@ -98,6 +101,7 @@ class Engine:
             prompt: its text, given back with the output.
             text: how tokens become text.
             priority: lower goes first; 0 is usual.
+            cache_salt: only requests with the same salt share cached prefixes.
 
         Raises:
             RequestError: see validation.py, or it needs more blocks than there are.
@@ -120,6 +124,7 @@ class Engine:
             params=params,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
             text=text or RequestText(),
+            salt=(cache_salt or "").encode(),
             order=self._arrivals + priority * PRIORITY_STEPS,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
@@ -154,6 +159,12 @@ class Engine:
     def reset_stats(self) -> None:
         """Begin counting anew, for a measurement."""
         self.stats = self.runner.stats = EngineStats()
+
+    def close(self) -> None:
+        """End everything; what is cached goes to the disk tier, if there is one."""
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            self.abort(sequence.request)
+        self.cache.close()
 
     @property
     def has_work(self) -> bool:
@@ -230,6 +241,18 @@ class Engine:
     def _ended(self, request: Request) -> None:
         request.metrics.finished_time = time.monotonic()
         self.stats.finished(request.metrics, request.sequences[0].finish_reason)
+
+
+def _tiers(options: EngineOptions, fingerprint: bytes, cuda: bool) -> list[Tier]:
+    """Where evicted blocks and states go."""
+    found: list[Tier] = []
+    if options.host_cache_bytes:
+        found.append(HostTier(options.host_cache_bytes, pin_memory=cuda))
+    if options.disk_cache is not None:
+        found.append(
+            DiskTier(options.disk_cache, options.disk_cache_bytes, fingerprint=fingerprint)
+        )
+    return found
 
 
 def _fingerprint(model: CausalLM, options: EngineOptions) -> bytes:

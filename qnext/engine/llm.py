@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 
 from qnext.checkpoint import load_model
+from qnext.checkpoint.identity import weights_id
 from qnext.checkpoint.load import parse_device
 from qnext.config import ModelConfig
 from qnext.engine.defaults import (
@@ -87,6 +88,9 @@ class LLM:
         num_snapshots: DeltaNet states that the prefix cache may keep; None decides by memory.
         snapshot_interval: tokens between states kept of a prompt, beside those that the policy
             chooses.
+        host_cache_gib: host memory for cached prefixes that the device has no room for.
+        disk_cache: folder for cached prefixes, used again by later processes.
+        disk_cache_gib: most of it.
         preemption_mode: "auto", "recompute" or "swap": how a sequence gives way when blocks run
             out.
         enforce_eager: no CUDA graphs; there are none to switch off yet.
@@ -122,6 +126,9 @@ class LLM:
         num_gpu_blocks_override: int | None = None,
         num_snapshots: int | None = None,
         snapshot_interval: int | None = None,
+        host_cache_gib: float = 0.0,
+        disk_cache: str | Path | None = None,
+        disk_cache_gib: float = 16.0,
         preemption_mode: str = "auto",
         enforce_eager: bool = False,
         deterministic: bool = False,
@@ -144,6 +151,9 @@ class LLM:
             if value is not None:
                 _check_count(name, value)
         resolve_kv_dtype(kv_cache_dtype)
+        for name, size in (("host_cache_gib", host_cache_gib), ("disk_cache_gib", disk_cache_gib)):
+            if not isinstance(size, (int, float)) or size < 0:
+                raise ConfigError(f"{name}={size!r} must be a number, at least 0")
         if preemption_mode not in get_args(Preemption):
             raise ConfigError(
                 f"preemption_mode={preemption_mode!r} must be one of {get_args(Preemption)}"
@@ -213,11 +223,19 @@ class LLM:
                 enable_prefix_caching=enable_prefix_caching,
                 snapshot_interval=snapshot_interval,
                 kv_dtype=resolve_kv_dtype(kv_cache_dtype),
+                host_cache_bytes=int(host_cache_gib * 2**30),
+                disk_cache=None if disk_cache is None else Path(disk_cache),
+                disk_cache_bytes=int(disk_cache_gib * 2**30),
+                weights_id=weights_id(self.model_path) if disk_cache is not None else b"",
                 preemption=cast("Preemption", preemption_mode),
                 seed=seed,
             ),
         )
         log.info("%s", compare(self.plan, measure(self.model, self.engine.state)))
+
+    def close(self) -> None:
+        """End all requests and write cached prefixes to ``disk_cache``, if there is one."""
+        self.engine.close()
 
     @property
     def stats(self) -> EngineStats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -34,6 +35,9 @@ class EngineOptions:
         kv_dtype: of keys and values; None for the model's.
         preemption: "auto", "recompute" or "swap": how a sequence gives way when blocks run out.
         adaptive_drafts: choose 0..num_speculative_tokens drafts for each step by measurement.
+        host_cache_bytes: host memory for blocks and states that were evicted; 0 for none.
+        disk_cache: folder where they go after that; it survives the process.
+        disk_cache_bytes: most bytes there.
         weights_id: names the weights, for caches that outlive a process.
         check_interval: steps between full checks of the cache's books; 0 for never.
     """
@@ -55,5 +59,8 @@ class EngineOptions:
     kv_dtype: torch.dtype | None = None
     preemption: Preemption = "auto"
     adaptive_drafts: bool = False
+    host_cache_bytes: int = 0
+    disk_cache: Path | None = None
+    disk_cache_bytes: int = 16 << 30
     weights_id: bytes = b""
     check_interval: int = 0

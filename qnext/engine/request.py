@@ -56,6 +56,7 @@ class Request:
     metrics: RequestMetrics
     text: RequestText
     order: int = 0
+    salt: bytes = b""
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[LogprobsAtStep | None] | None = None
 

@@ -231,7 +231,8 @@ class Scheduler:
             sequence.swapped = None
         else:
             most = 0 if sequence.request.needs_every_row else len(tokens)
-            cached = cache.begin(sequence.seq_id, tokens, max_cached=most)
+            salt = sequence.request.salt
+            cached = cache.begin(sequence.seq_id, tokens, salt=salt, max_cached=most)
             if cached is None:
                 return False
             sequence.num_computed = cached
