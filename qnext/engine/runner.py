@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 _PROMPT_LOGPROB_ROWS = 128
 """Prompt rows whose logits exist at the same time."""
 
-NOT_VALID = "the model gave a logit that is not finite, or the parameters allow no token"
+NOT_FINITE = "the model gave a logit that is not finite"
+NO_TOKEN = "the parameters together allow no token"
 
 
 class Runner:
@@ -198,9 +199,10 @@ class Runner:
     def _emit(self, sequence: Sequence, sampled: Sampled, row: int, now: float) -> None:
         """Give a sequence its sampled token, or fail it alone."""
         if not sampled.valid[row]:
-            error = sequence.sampling.failure or NOT_VALID
+            finite = sampled.finite[row]
+            error = sequence.sampling.failure or NO_TOKEN if finite else NOT_FINITE
             sequence.finish("error", error=error)
-            sequence.poisoned = sequence.sampling.failure is None
+            sequence.poisoned = not finite
             log.warning("request failed id=%s error=%s", sequence.request.request_id, error)
             return
         sequence.append(sampled.tokens[row], sampled.logprobs[row])

@@ -42,7 +42,7 @@ _NEVER = -1e30
 
 @dataclass(slots=True)
 class Sampled:
-    """Per row: the token, whether it is valid, and its logprobs if asked for.
+    """Per row: the token, whether it is valid, its logprobs if asked for, and finite logits.
 
     A token is not valid when a logit is not finite or when no token is allowed.
     """
@@ -50,6 +50,7 @@ class Sampled:
     tokens: list[int]
     valid: list[bool]
     logprobs: list[RawLogprobs | None]
+    finite: list[bool]
 
 
 @dataclass(slots=True)
@@ -58,13 +59,15 @@ class Draws:
 
     Attributes:
         tokens: (R,) int64. Final if ``retries`` is empty.
-        valid: (R,) bool.
-        retries: rows (r,), whether each needs the whole vocabulary sorted (r,) bool, and the
-            function that then gives all tokens of these rows.
+        finite: (R,) bool, whether every logit was.
+        valid: (R,) bool, whether that and some token was allowed.
+        raw: (R, V) logits before any change.
+        retries: rows for which the likeliest tokens may not have been enough.
     """
 
     plan: RowPlan
     tokens: Tensor
+    finite: Tensor
     valid: Tensor
     raw: Tensor
     retries: list[_Retry]
@@ -81,7 +84,11 @@ class Draws:
     def host(self) -> Sampled:
         """The one transfer; a second one where a flat distribution needed a full sort."""
         wanted = self.plan.logprobs
-        first = [self.tokens, self.valid.long(), *(retry.enough.long() for retry in self.retries)]
+        first = [
+            self.tokens,
+            self.finite.long() + self.valid,
+            *(retry.enough.long() for retry in self.retries),
+        ]
         columns: Tensor | None = None
         if wanted:
             columns = self._columns()
@@ -89,8 +96,8 @@ class Draws:
         found = torch.cat(first).cpu()
         rows = len(self.plan.states)
         if self.retries:
-            flags = found[2 * rows : 2 * rows + sum(len(r.enough) for r in self.retries)]
-            if not bool(flags.all()):
+            enough = found[2 * rows : 2 * rows + sum(len(r.enough) for r in self.retries)]
+            if not bool(enough.all()):
                 self.settle()
                 return self.host()
         both: list[int] = found[: 2 * rows].tolist()
@@ -101,7 +108,10 @@ class Draws:
             read = read_columns(numbers.view(columns.shape).tolist(), counts)
             for (row, _), one in zip(wanted, read, strict=True):
                 logprobs[row] = one
-        return Sampled(both[:rows], [flag == 1 for flag in both[rows:]], logprobs)
+        flags = both[rows:]
+        return Sampled(
+            both[:rows], [flag == 2 for flag in flags], logprobs, [flag > 0 for flag in flags]
+        )
 
     def _columns(self) -> Tensor:
         rows, most = self.plan.logprob_rows, max(count for _, count in self.plan.logprobs)
@@ -158,7 +168,7 @@ class Sampler:
             drafts: of each row; None where no row has any.
         """
         if not states:
-            return Sampled([], [], [])
+            return Sampled([], [], [], [])
         logits = self._cut(logits)
         plan = self._plan_of(states, logits.device)
         if plan.plain_greedy:
@@ -204,7 +214,7 @@ class Sampler:
         return changed(logits, plan, drafts, step, self.penalties)
 
     def _draw(self, raw: Tensor, plan: RowPlan, drafts: Drafts | None) -> Draws:
-        valid = torch.isfinite(raw.sum(-1))
+        finite = valid = torch.isfinite(raw.sum(-1))
         step = StepChanges.of(plan, drafts) if plan.each_step else StepChanges()
         logits = self._changed(raw, plan, drafts, step)
         if logits is not raw:  # every token of a row may have been forbidden
@@ -227,15 +237,16 @@ class Sampler:
             if logits is not raw:
                 allowed = allowed.index_fill(0, where[:, 0], True)
         if logits is not raw:
-            valid &= allowed
-        return Draws(plan, tokens, valid, raw, retries)
+            valid = finite & allowed
+        return Draws(plan, tokens, finite, valid, raw, retries)
 
 
 def _greedy(logits: Tensor) -> Sampled:
     """Nothing but the most likely token; the sum is finite only if every logit is."""
     both = torch.stack([argmax(logits).double(), logits.sum(-1).double()])
     tokens, sums = both.tolist()  # one transfer; float64 holds ids exactly
-    return Sampled(list(map(int, tokens)), list(map(math.isfinite, sums)), [None] * len(sums))
+    finite = list(map(math.isfinite, sums))
+    return Sampled(list(map(int, tokens)), finite, [None] * len(sums), finite)
 
 
 def _numbers(plan: RowPlan, drafts: Drafts | None) -> Tensor:

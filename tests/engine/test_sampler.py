@@ -249,3 +249,49 @@ def test_a_large_vocabulary_is_sorted_only_as_far_as_needed(values: dict[str, An
         torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-3)
     tokens = Sampler(vocab)(logits, [Row(state) for state in states]).tokens
     assert all(float(got[row, token]) > 0 for row, token in enumerate(tokens))
+
+
+def test_functions_of_the_user_see_output_drafts_and_masks() -> None:
+    seen: list[tuple[list[int], list[float]]] = []
+
+    def only_next(ids: list[int], row: torch.Tensor) -> torch.Tensor:
+        seen.append((list(ids), row.tolist()))
+        wanted = torch.full_like(row, -math.inf)
+        wanted[len(ids)] = 0
+        return wanted
+
+    state = make(output=[4, 4], logits_processors=[only_next], logit_bias={1: 2.0}, seed=1)
+    rows = [Row(state), Row(state, (7,)), Row(make(temperature=0, logit_bias={5: 1.0}))]
+    assert Sampler(VOCAB)(torch.zeros(3, VOCAB), rows).tokens == [2, 3, 5]
+    assert [ids for ids, _ in seen] == [[4, 4], [4, 4, 7]]
+    assert seen[0][1] == [2.0 if token == 1 else 0.0 for token in range(VOCAB)]
+
+
+@pytest.mark.parametrize("bad", ["raises", "shape", "nan"])
+def test_a_function_of_the_user_that_fails_fails_its_row_alone(bad: str) -> None:
+    def function(ids: list[int], row: torch.Tensor) -> torch.Tensor:
+        if bad == "raises":
+            raise KeyError("mine")
+        return row[:3] if bad == "shape" else row * math.nan
+
+    broken = make(logits_processors=function)
+    sampled = Sampler(VOCAB)(torch.zeros(2, VOCAB), [Row(broken), Row(make(seed=3))])
+    assert sampled.valid == [False, True]
+    assert sampled.finite == [True, True]
+    assert bad == "nan" or "logits processor" in str(broken.failure)
+
+
+def test_tokens_may_stay_on_the_device() -> None:
+    """`draw` and `settle` give what `sample` gives, also where a flat row needs a full sort."""
+    vocab = 3000
+    logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(0))
+    logits[::2] *= 20
+    params = [SamplingParams(top_p=0.9), SamplingParams(min_p=1e-4, logprobs=1), SamplingParams()]
+    states = [SamplingState(params[n % 3], vocab_size=vocab, seed=n) for n in range(40)]
+    want = Sampler(vocab).sample(logits, states)
+    draws = Sampler(vocab).draw(logits, states)
+    assert not all(bool(retry.enough.all()) for retry in draws.retries)
+    draws.settle()
+    assert draws.tokens.tolist() == want.tokens
+    assert draws.valid.all()
+    assert draws.host() == want

@@ -193,6 +193,8 @@ def test_options_that_leave_no_token_fail_their_request_alone(
     good = add(engine, PROMPT, SamplingParams(structured_outputs=form))
     drain(engine)
     assert bad.sequences[0].finish_reason == "error"
+    assert bad.sequences[0].error == "the parameters together allow no token"
+    assert not bad.sequences[0].poisoned
     assert good.sequences[0].finish_reason == "stop"
 
 

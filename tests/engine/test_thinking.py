@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from qnext.engine.constraint import ANYTHING, Constraint, Rule
 from qnext.engine.sampling_params import SamplingParams
 from qnext.engine.sampling_state import SamplingState
-from qnext.engine.thinking import Phase, Thinking, ThinkTokens
+from qnext.engine.thinking import Phase, Thinking, ThinkTokens, template_thinks
 from qnext.hub import resolve_model
 from qnext.text import Tokenizer
 
@@ -112,6 +113,14 @@ def test_states_without_rules_have_none(tokenizer: Tokenizer) -> None:
     state = SamplingState(SamplingParams(), prompt_ids=[1], vocab_size=8192, thinking=think)
     assert state.constraint is None
     assert state.rule() is ANYTHING
+
+
+def test_the_template_says_whether_the_model_opens_a_block(tmp_path: Path) -> None:
+    assert not template_thinks(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert not template_thinks(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content.split('</think>')[-1] }}")
+    assert template_thinks(tmp_path)
 
 
 @pytest.fixture(scope="module")

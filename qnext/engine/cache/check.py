@@ -24,7 +24,7 @@ def check_books(cache: CacheManager, positions: Mapping[int, int] | None, *, ful
             )
     if positions is not None and len(positions) != len(cache.leases):
         _fail(f"sequences {sorted(positions)} run, and {sorted(cache.leases)} hold cache")
-    states = cache.states
+    states = cache.memory.states
     plans = sum(len(lease.plans) for lease in cache.leases.values())
     held = len(cache.leases) + plans + states.num_snapshots + len(states.free)
     if held != states.num_slots:
@@ -37,21 +37,21 @@ def check_books(cache: CacheManager, positions: Mapping[int, int] | None, *, ful
 
 def _check_lease(cache: CacheManager, seq_id: int, lease: Lease) -> None:
     size, table, position = cache.block_size, lease.table, lease.position
-    if lease.seq_id != seq_id or cache.states.owners[lease.slot] is not lease:
+    if lease.seq_id != seq_id or cache.memory.states.owners[lease.slot] is not lease:
         _fail(f"slot {lease.slot} is not sequence {seq_id}'s")
     if not lease.hit <= position <= min(len(table) * size, len(lease.tokens)):
         _fail(f"sequence {seq_id} stands at {position} with {len(table)} blocks")
     for place in range(position // size, len(table)):
         block = table[place]
-        if cache.blocks.refs[block] != 1 or block in cache.index.node_of:
+        if cache.memory.blocks.refs[block] != 1 or block in cache.memory.index.node_of:
             _fail(f"sequence {seq_id} would write into block {block}, which others read")
-        for snapshot in cache.index.tails.get(block, ()):
+        for snapshot in cache.memory.index.tails.get(block, ()):
             if snapshot.position > position:
                 _fail(f"sequence {seq_id} would overwrite the tail of a snapshot in {block}")
 
 
 def _check_slots(cache: CacheManager) -> None:
-    states = cache.states
+    states = cache.memory.states
     free = Counter(states.free)
     for slot, owner in enumerate(states.owners):
         if free[slot] != (owner is None):
@@ -60,7 +60,7 @@ def _check_slots(cache: CacheManager) -> None:
             _fail(f"slot {slot} is owned by somebody who sits in {owner.slot}")
     owners = {id(owner) for owner in states.owners if owner is not None}
     plans = [plan for lease in cache.leases.values() for plan in lease.plans]
-    if {id(plan) for plan in plans} != {id(plan) for plan in cache.planned.values()}:
+    if {id(plan) for plan in plans} != {id(plan) for plan in cache.saves.planned.values()}:
         _fail("the planned snapshots are not those of the sequences")
     for lease in cache.leases.values():
         if any(plan.position <= lease.position for plan in lease.plans):
@@ -78,18 +78,20 @@ def _check_slots(cache: CacheManager) -> None:
 
 def _check_snapshot(cache: CacheManager, snapshot: Snapshot) -> None:
     node, tail = snapshot.node, snapshot.tail
-    if not cache.index.alive(node) or node.snapshots.get(tail) is not snapshot:
+    if not cache.memory.index.alive(node) or node.snapshots.get(tail) is not snapshot:
         _fail(f"the snapshot in slot {snapshot.slot} hangs on a block that is gone")
     if snapshot.position != node.end + len(tail) or len(tail) >= cache.block_size:
         _fail(f"the snapshot in slot {snapshot.slot} is not at {snapshot.position}")
     if (snapshot.block is None) != (not tail):
         _fail(f"the snapshot in slot {snapshot.slot} has a tail without a block")
-    if snapshot.block is not None and snapshot not in cache.index.tails.get(snapshot.block, ()):
+    if snapshot.block is not None and snapshot not in cache.memory.index.tails.get(
+        snapshot.block, ()
+    ):
         _fail(f"the tail of the snapshot in slot {snapshot.slot} is not held")
 
 
 def _check_tree(cache: CacheManager) -> None:
-    index = cache.index
+    index = cache.memory.index
     for key, node in index.nodes.items():
         parent = node.parent
         if parent is None or not index.alive(parent) or parent.children.get(key) is not node:
@@ -105,7 +107,7 @@ def _check_tree(cache: CacheManager) -> None:
 
 
 def _check_blocks(cache: CacheManager) -> None:
-    blocks, index = cache.blocks, cache.index
+    blocks, index = cache.memory.blocks, cache.memory.index
     refs = Counter(block for lease in cache.leases.values() for block in lease.table)
     holds = Counter(list(index.node_of))
     holds.update({block: len(found) for block, found in index.tails.items()})

@@ -16,8 +16,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -76,7 +76,6 @@ class DiskTier:
         self._changed = threading.Condition()
         self._closing = False
         self._writer: threading.Thread | None = None
-        self._serial = count()
         self._seen = (0, 0.0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -302,7 +301,8 @@ class DiskTier:
         return self.folder / f"{name}{_SUFFIX}"
 
     def _beside(self, name: str) -> Path:
-        return self.folder / f".{name}-{os.getpid()}-{next(self._serial)}.part"
+        # Random: containers that share a folder may all be process 1.
+        return self.folder / f".{name}-{uuid4().hex}.part"
 
 
 def _left_over(name: str, modified: float) -> bool:

@@ -6,10 +6,6 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from qnext.engine.cache.tensors import Tensors
 
 
 def chain_key(parent: bytes, tokens: Sequence[int]) -> bytes:
@@ -141,27 +137,3 @@ class Lease:
     def tail(self, position: int) -> tuple[int, ...]:
         """Tokens between the last block boundary and ``position``."""
         return tuple(self.tokens[position - position % self.block_size : position])
-
-
-@dataclass(eq=False, slots=True)
-class SwappedState:
-    """A sequence in host memory, exact to the bit.
-
-    Attributes:
-        lease: what is known about it; it holds no slot and no block meanwhile.
-        table: the blocks it had.
-        blocks: what they held, up to ``lease.position``.
-        nodes: the index entries they were, where they were any.
-        state: its slot.
-    """
-
-    lease: Lease
-    table: list[int]
-    blocks: list[Tensors]
-    nodes: list[Node | None]
-    state: Tensors
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory it takes."""
-        return sum(t.nbytes for part in (*self.blocks, self.state) for t in part.values())

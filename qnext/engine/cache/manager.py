@@ -6,29 +6,20 @@ and finishes. All of it is bookkeeping on the host; tensors move only through ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from qnext.engine.cache.blocks import BlockPool
+from qnext.engine.cache.attach import Attach
 from qnext.engine.cache.check import check_books
-from qnext.engine.cache.entries import (
-    Lease,
-    Node,
-    Plan,
-    Snapshot,
-    SwappedState,
-    snapshot_key,
-)
-from qnext.engine.cache.index import PrefixIndex
+from qnext.engine.cache.entries import Lease, Snapshot
+from qnext.engine.cache.memory import Memory
 from qnext.engine.cache.policy import WORTH, turn_ends, wanted_snapshots
-from qnext.engine.cache.spill import TierChain, block_name, state_name
-from qnext.engine.cache.states import StatePool
+from qnext.engine.cache.saves import Saves
+from qnext.engine.cache.spill import TierChain
 from qnext.engine.cache.stats import CacheStats
+from qnext.engine.cache.swap import SwappedState, swap_in, swap_out
 from qnext.engine.cache.tensors import CacheTensors
 from qnext.engine.cache.tiers import Tier
 from qnext.errors import ConfigError, EngineError
-
-_FAR = 1 << 62
-"""A boundary that no position reaches."""
 
 
 class CacheManager:
@@ -70,24 +61,30 @@ class CacheManager:
             )
         if snapshot_interval is not None and snapshot_interval < 1:
             raise ConfigError(f"snapshot_interval={snapshot_interval} must be at least 1")
-        self.tensors, self.block_size = tensors, block_size
+        self.block_size = block_size
         self.needs_state, self.enabled = needs_state, enable_prefix_caching
         self.snapshot_interval, self.turn_end_ids = snapshot_interval, turn_end_ids
-        self.blocks = BlockPool(num_blocks, lambda block: tensors.zero_blocks([block]))
-        self.states = StatePool(num_slots)
-        self.tiers: TierChain | None = None
-        if tiers and enable_prefix_caching:
-            self.tiers = TierChain(tiers, tensors, needs_state=needs_state)
-        self.index = PrefixIndex(fingerprint, block_size, self.blocks, self.states, self.tiers)
         self.leases: dict[int, Lease] = {}
-        self.planned: dict[bytes, Plan] = {}
         self._stats = CacheStats()
+        self._tiers: TierChain | None = None
+        if tiers and enable_prefix_caching:
+            self._tiers = TierChain(tiers, tensors, needs_state=needs_state)
+        self.memory = Memory(
+            tensors,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_slots=num_slots,
+            fingerprint=fingerprint,
+            tiers=self._tiers,
+        )
+        self.saves = Saves(self.memory)
+        self._attach = Attach(self.memory, self.saves, self._stats, needs_state=needs_state)
 
     # ---------------------------------------------------------------- a sequence begins
 
     def can_ever_fit(self, num_tokens: int) -> bool:
         """Whether a sequence of this length could run alone."""
-        return self._num_blocks(num_tokens) <= self.blocks.num_blocks
+        return self.memory.num_blocks(num_tokens) <= self.memory.blocks.num_blocks
 
     def begin(
         self,
@@ -114,173 +111,37 @@ class CacheManager:
         """
         if seq_id in self.leases:
             raise EngineError(f"sequence {seq_id} has begun already")
-        if not self.states.num_available:
+        if not self.memory.states.num_available:
             return None
-        self.index.now += 1
-        lease = Lease(seq_id, tokens, self.index.root(salt), self.block_size)
-        length = len(tokens)
-        known = 0
+        self.memory.index.now += 1
+        lease = Lease(seq_id, tokens, self.memory.index.root(salt), self.block_size)
         if self.enabled:
-            limit = length if max_cached is None else min(length, max_cached)
-            path = self.index.walk(lease, length)
-            known = path[-1].end
-            self._attach(lease, path, limit)
-            self._stats.queries += 1
-            self._stats.tokens_queried += length
-            self._stats.hits += lease.position > 0
-            self._stats.tokens_hit += lease.position
-            if self.needs_state:
-                ends = turn_ends(tokens, self.turn_end_ids)
-                lease.wanted = wanted_snapshots(
-                    ends,
-                    lease.position,
-                    length,
-                    block_size=self.block_size,
-                    branch=known,
-                    interval=self.snapshot_interval,
-                )
+            self._look_up(lease, len(tokens), max_cached)
         if lease.slot < 0:
-            self.states.give(self._take_slot(), lease)
-            self.tensors.reset_slot(lease.slot)
+            self.memory.tensors.reset_slot(self.memory.seat(lease))
         lease.hit = lease.position
         lease.registered = lease.position // self.block_size
         self.leases[seq_id] = lease
         return lease.position
 
-    def _attach(self, lease: Lease, path: list[Node], limit: int) -> None:
-        """Give a new lease the longest prefix along ``path``, or a longer one from a tier."""
-        if self.tiers is not None and self._fetch(lease, path, limit):
-            return
-        if not self.needs_state:
-            # No stored hidden state: at least one token has to be run.
-            count = min(limit, len(lease.tokens) - 1) // self.block_size
-            self._share(lease, (node.block for node in path[1 : count + 1]))
-            lease.position = len(lease.table) * self.block_size
-            return
-        for snapshot in self.index.snapshots(path, lease.tokens, limit):
-            count = snapshot.node.end // self.block_size
-            self._share(lease, (node.block for node in path[1 : count + 1]))
-            if snapshot.block is None or self._copy_tail(lease, snapshot.block):
-                self._restore(lease, snapshot)
-                return
-            if not self.blocks.refs[snapshot.block]:
-                self._take_over(lease, snapshot, snapshot.block)
-                return
-            self._release_table(lease)
-
-    def _fetch(self, lease: Lease, path: list[Node], limit: int) -> bool:
-        """Complete a prefix that is longer than the device's from the tiers."""
-        assert self.tiers is not None
+    def _look_up(self, lease: Lease, length: int, max_cached: int | None) -> None:
+        """Attach what is cached, and decide which states of the rest to save."""
+        path = self.memory.index.walk(lease, length)
+        known = path[-1].end
+        self._attach.longest(lease, path, length if max_cached is None else min(length, max_cached))
+        self._stats.queries += 1
+        self._stats.tokens_queried += length
+        self._stats.hits += lease.position > 0
+        self._stats.tokens_hit += lease.position
         if self.needs_state:
-            best = next(self.index.snapshots(path, lease.tokens, limit), None)
-            above = 0 if best is None else best.position
-        else:
-            limit = min(limit, len(lease.tokens) - 1)
-            above = min(limit // self.block_size, len(path) - 1) * self.block_size
-        known = min(len(path) - 1, limit // self.block_size)
-        for position, name in self.tiers.longer(lease, known, limit, above):
-            full = position // self.block_size
-            self._share(lease, (node.block for node in path[1 : full + 1]))
-            if self._fetch_blocks(lease, full) and (not name or self._fetch_state(lease, name)):
-                lease.position = position
-                lease.source = name
-                self._stats.tier_hits += 1
-                self._stats.tier_tokens_hit += position - above
-                self._keep_fetched(lease)
-                return True
-            self._release_table(lease)
-        return False
-
-    def _fetch_blocks(self, lease: Lease, full: int) -> bool:
-        """Extend a lease's table to ``full`` blocks; those that come are known from now on."""
-        assert self.tiers is not None
-        nodes = self.index.nodes
-        for place in range(len(lease.table), full):
-            key = lease.key(place + 1)
-            if (known := nodes.get(key)) is not None:
-                self._share(lease, [known.block])
-                continue
-            rows = self.tiers.get(block_name(key))
-            block = self._take_blocks(1) if rows is not None else []
-            if rows is None or not block:
-                return False
-            self.tensors.write_block(block[0], rows)
-            lease.table += block
-            parent = nodes[lease.key(place)] if place else lease.root
-            self.index.insert(parent, key, block[0]).spilled = True
-        return True
-
-    def _fetch_state(self, lease: Lease, name: str) -> bool:
-        """Give a lease a slot and, for a tail, a block with what a tier has."""
-        assert self.tiers is not None
-        found = self.tiers.state(name)
-        if found is None:
-            return False
-        state, tail = found
-        if tail:
-            block = self._take_blocks(1)
-            if not block:
-                return False
-            self.tensors.write_block(block[0], tail)
-            lease.table += block
-        self.states.give(self._take_slot(), lease)
-        self.tensors.write_slot(lease.slot, state)
-        return True
-
-    def _keep_fetched(self, lease: Lease) -> None:
-        """Have a fetched state on the device for the next one too, if nothing better goes."""
-        if lease.source:
-            self._plan(lease, lease.position, WORTH)
-            for plan in lease.plans:
-                self.tensors.copy_slot(lease.slot, plan.slot)
-                del self.planned[plan.key]
-                if (snapshot := self._publish(lease, plan, plan.position, WORTH)) is None:
-                    self.states.release(plan.slot)
-                lease.attached = snapshot
-            lease.plans = []
-
-    def _share(self, lease: Lease, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            self.blocks.share(block)
-            lease.table.append(block)
-
-    def _copy_tail(self, lease: Lease, block: int) -> bool:
-        """Copy on write: the rows behind a snapshot's last full block become the sequence's own."""
-        self.blocks.share(block)
-        own = self._take_blocks(1)
-        if own:
-            self.tensors.copy_block(block, own[0])
-            lease.table += own
-        self.blocks.release(block)
-        return bool(own)
-
-    def _restore(self, lease: Lease, snapshot: Snapshot) -> None:
-        """Give a lease the state of a snapshot: a copy, or the slot itself if no other is left."""
-        room = len(lease.table) * self.block_size
-        found = self.states.owners[snapshot.slot]
-        if found is not snapshot or not room - self.block_size < snapshot.position <= room:
-            raise EngineError(
-                f"the state in slot {snapshot.slot} is not the one after {snapshot.position} tokens"
+            lease.wanted = wanted_snapshots(
+                turn_ends(lease.tokens, self.turn_end_ids),
+                lease.position,
+                length,
+                block_size=self.block_size,
+                branch=known,
+                interval=self.snapshot_interval,
             )
-        snapshot.worth = max(snapshot.worth, WORTH)  # it proved useful
-        self.states.touch(snapshot, self.index.now)
-        lease.position = snapshot.position
-        if not self.states.free and self.states.victim() is snapshot:
-            self.index.evict_snapshot(snapshot)
-            self.states.give(self.states.free.pop(), lease)
-            return
-        lease.attached = snapshot
-        self.states.give(self._take_slot(), lease)
-        self.tensors.copy_slot(snapshot.slot, lease.slot)
-
-    def _take_over(self, lease: Lease, snapshot: Snapshot, block: int) -> None:
-        """No block is left for a copy of the tail: the lease gets the snapshot itself."""
-        slot = snapshot.slot
-        self._share(lease, [block])
-        self.index.evict(block)
-        self.states.free.remove(slot)
-        self.states.give(slot, lease)
-        lease.position = snapshot.position
 
     def fork(self, parent_id: int, child_id: int, tokens: Sequence[int]) -> bool:
         """Seat a sequence on everything that another one has committed.
@@ -296,20 +157,19 @@ class CacheManager:
         parent = self._lease(parent_id)
         if child_id in self.leases:
             raise EngineError(f"sequence {child_id} has begun already")
-        if not self.states.num_available:
+        if not self.memory.states.num_available:
             return False
         position = parent.position
         child = Lease(child_id, tokens, parent.root, self.block_size, position=position)
         child.hit, child.attached = position, parent.attached
         full = position // self.block_size
-        self._share(child, parent.table[:full])
-        if position % self.block_size and not self._copy_tail(child, parent.table[full]):
-            self._release_table(child)
+        self.memory.share(child, parent.table[:full])
+        if position % self.block_size and not self.memory.copy_tail(child, parent.table[full]):
+            self.memory.release_table(child)
             return False
         child.registered = full
         child.keys = parent.keys[: full + 1]
-        self.states.give(self._take_slot(), child)
-        self.tensors.copy_slot(parent.slot, child.slot)
+        self.memory.tensors.copy_slot(parent.slot, self.memory.seat(child))
         self.leases[child_id] = child
         return True
 
@@ -327,7 +187,7 @@ class CacheManager:
         table = lease.table
         if num_tokens <= len(table) * self.block_size:
             return True
-        taken = self._take_blocks(self._num_blocks(num_tokens) - len(table))
+        taken = self.memory.take_blocks(self.memory.num_blocks(num_tokens) - len(table))
         table += taken
         return bool(taken)
 
@@ -354,7 +214,7 @@ class CacheManager:
             ``position - 1`` its state belongs into that slot.
         """
         lease = self._lease(seq_id)
-        self._drop_plans(lease)
+        self.saves.settle(lease, publish=False)
         if not lease.wanted or lease.wanted[-1][0] <= start:
             return []
         if start != lease.position:
@@ -364,29 +224,12 @@ class CacheManager:
             )
         found = [(worth, position) for position, worth in lease.wanted if start < position <= stop]
         for worth, position in sorted(found, reverse=True):
-            self._plan(lease, position, worth)
+            self.saves.plan(lease, position, worth)
         lease.plans.sort(key=lambda plan: plan.position)
         lease.planned_from = start
         if lease.plans:
             lease.boundary = 0
         return [(plan.position, plan.slot) for plan in lease.plans]
-
-    def _plan(self, lease: Lease, position: int, worth: float) -> None:
-        """Reserve a slot for a snapshot, if nobody has that state and a slot can be had."""
-        node_key, tail = lease.key(position // self.block_size), lease.tail(position)
-        node = lease.root if position < self.block_size else self.index.nodes.get(node_key)
-        key = snapshot_key(node_key, tail)
-        if key in self.planned or (node is not None and tail in node.snapshots):
-            return
-        if not self.states.free:
-            victim = self.states.victim()
-            if victim is None or victim.score >= self.index.now + worth:
-                return
-            self.index.evict_snapshot(victim)
-        plan = Plan(position, -1, worth, key)
-        self.states.give(self.states.free.pop(), plan)
-        self.planned[key] = plan
-        lease.plans.append(plan)
 
     def commit(self, seq_id: int, num_computed: int) -> None:
         """Tokens below ``num_computed`` are in the cache and verified.
@@ -415,62 +258,10 @@ class CacheManager:
         full = position // self.block_size
         if self.enabled:
             if full > lease.registered:
-                self._chain(lease, full)
-                lease.registered = full
-            if lease.plans and start == lease.planned_from:
-                self._publish_plans(lease)
-            self._drop_plans(lease)
+                self.saves.chain(lease, full)
+            if lease.plans:
+                self.saves.settle(lease, publish=start == lease.planned_from)
         lease.boundary = min(room, (full + 1) * self.block_size) if self.enabled else room
-
-    def _publish_plans(self, lease: Lease) -> None:
-        kept: list[Plan] = []
-        for plan in lease.plans:
-            if plan.position > lease.position:
-                kept.append(plan)
-                continue
-            del self.planned[plan.key]
-            if not self._publish(lease, plan, plan.position, plan.worth):
-                self.states.release(plan.slot)
-        lease.plans = kept
-
-    def _publish(
-        self, lease: Lease, owner: Plan | Lease, position: int, worth: float
-    ) -> Snapshot | None:
-        """Turn ``owner``'s slot into the snapshot of the lease at ``position``.
-
-        Returns:
-            None if that cannot be or need not be; ``owner`` has its slot still.
-        """
-        full = position // self.block_size
-        node = self._chain(lease, full)
-        if node is None:
-            return None
-        block = lease.table[full] if position % self.block_size else -1
-        if block in self.blocks.tainted:
-            return None
-        snapshot = self.index.publish(owner, node, lease.tail(position), block, worth)
-        if snapshot is not None:
-            lease.published.append(snapshot)
-        return snapshot
-
-    def _chain(self, lease: Lease, full: int) -> Node | None:
-        """The node of the lease's first ``full`` blocks; what the index lacks of them is entered.
-
-        Ancestors can be missing where they were evicted while this sequence ran on blocks of its
-        own. None if a block is tainted.
-        """
-        nodes, first = self.index.nodes, full
-        while first and lease.key(first) not in nodes:
-            first -= 1
-        node = nodes[lease.key(first)] if first else lease.root
-        # Known blocks are offered again: an unused twin of this one may as well be freed.
-        for place in range(min(first, lease.registered), full):
-            block = lease.table[place]
-            if block in self.blocks.tainted:
-                return None
-            parent = nodes[lease.key(place)] if place else lease.root
-            node = self.index.insert(parent, lease.key(place + 1), block)
-        return node
 
     # ---------------------------------------------------------------- it ends
 
@@ -478,10 +269,11 @@ class CacheManager:
         """End a sequence: its state stays as a snapshot at ``num_computed``, its blocks cached."""
         self.commit(seq_id, num_computed)
         lease = self.leases[seq_id]
-        self._drop_plans(lease)
+        self.saves.settle(lease, publish=False)
         if self.enabled and self.needs_state and lease.position:
-            self._publish(lease, lease, lease.position, WORTH)
-        self._leave(lease)
+            self.saves.publish(lease, lease, lease.position, WORTH)
+        self.memory.leave(lease)
+        del self.leases[seq_id]
 
     def discard(self, seq_id: int, *, poisoned: bool = False) -> None:
         """End a sequence whose state is not to be kept; blocks it has committed stay cached.
@@ -493,67 +285,19 @@ class CacheManager:
         """
         lease = self._lease(seq_id)
         if poisoned:
-            self._forget(lease)
-        self._drop_plans(lease)
-        self._leave(lease)
-
-    def _forget(self, lease: Lease) -> None:
-        """Drop and zero what a poisoned sequence wrote, whoever made it known."""
-        index = self.index
-        slots = [lease.slot, *(plan.slot for plan in lease.plans)]
-        own = lease.table[lease.hit // self.block_size :]
-        self.blocks.tainted.update(own)
-        for block in own:
-            slots += [index.drop_snapshot(found) for found in list(index.tails.get(block, ()))]
-            if (node := index.node_of.get(block)) is not None:
-                slots += index.drop_node(node)
-        for snapshot in (lease.attached, *lease.published):
-            if snapshot is not None and snapshot.slot >= 0:
-                slots.append(index.drop_snapshot(snapshot))
-        for slot in slots:
-            self.tensors.reset_slot(slot)
-        if self.tiers is not None:
-            for place in range(lease.hit // self.block_size, lease.position // self.block_size):
-                self.tiers.remove(block_name(lease.key(place + 1)))
-            if lease.source:
-                self.tiers.remove(lease.source)
-            for snapshot in (lease.attached, *lease.published):
-                if snapshot is not None:
-                    self.tiers.remove(state_name(snapshot.node.key, snapshot.tail))
-
-    def _leave(self, lease: Lease) -> None:
-        if lease.slot >= 0:
-            self.states.release(lease.slot)
-        self._release_table(lease)
-        del self.leases[lease.seq_id]
-
-    def _release_table(self, lease: Lease) -> None:
-        # The last block first, so that it is also the first to be evicted.
-        for block in reversed(lease.table):
-            self.blocks.release(block)
-        lease.table = []
-
-    def _drop_plans(self, lease: Lease) -> None:
-        for plan in lease.plans:
-            del self.planned[plan.key]
-            self.states.release(plan.slot)
-        lease.plans = []
+            self.saves.forget(lease)
+        self.saves.settle(lease, publish=False)
+        self.memory.leave(lease)
+        del self.leases[seq_id]
 
     # ---------------------------------------------------------------- it waits in host memory
 
     def swap_out(self, seq_id: int) -> SwappedState:
         """Move a sequence to host memory; its id is free for ``swap_in``."""
         lease = self._lease(seq_id)
-        self._drop_plans(lease)
-        table = lease.table[: self._num_blocks(lease.position)]
-        swapped = SwappedState(
-            lease,
-            table,
-            [self.tensors.read_block(block) for block in table],
-            [self.index.node_of.get(block) for block in table],
-            self.tensors.read_slot(lease.slot),
-        )
-        self._leave(lease)
+        self.saves.settle(lease, publish=False)
+        swapped = swap_out(self.memory, lease)
+        del self.leases[seq_id]
         return swapped
 
     def swap_in(self, seq_id: int, swapped: SwappedState) -> bool:
@@ -564,44 +308,26 @@ class CacheManager:
         """
         if seq_id in self.leases:
             raise EngineError(f"sequence {seq_id} has begun already")
-        if not self.states.num_available:
+        if not self.memory.states.num_available:
             return False
-        lease, blocks = swapped.lease, self.blocks
-        lease.seq_id, lease.boundary = seq_id, 0
-        lease.registered = 0  # what was evicted meanwhile is entered again
-        there = [
-            node is not None and self.index.alive(node) and node.block == block
-            for node, block in zip(swapped.nodes, swapped.table, strict=True)
-        ]
-        kept = [block for block, same in zip(swapped.table, there, strict=True) if same]
-        for block in kept:
-            blocks.share(block)
-        fresh = self._take_blocks(there.count(False))
-        if len(fresh) + len(kept) < len(there):
-            for block in reversed(kept):
-                blocks.release(block)
+        if not swap_in(self.memory, swapped):
             return False
-        for block, same, rows in zip(swapped.table, there, swapped.blocks, strict=True):
-            if not same:
-                block = fresh.pop()
-                self.tensors.write_block(block, rows)
-            lease.table.append(block)
-        self.states.give(self._take_slot(), lease)
-        self.tensors.write_slot(lease.slot, swapped.state)
-        self.leases[seq_id] = lease
+        swapped.lease.seq_id = seq_id
+        self.leases[seq_id] = swapped.lease
         return True
 
     # ---------------------------------------------------------------- the process ends
 
     def close(self) -> None:
         """Give the tiers what is cached, so that a tier on disk has it after a restart."""
-        if self.tiers is None:
+        if self._tiers is None:
             return
-        for snapshot in [s for s in self.states.owners if isinstance(s, Snapshot)]:
-            self.tiers.snapshot(snapshot)
-        for node in self.index.nodes.values():
-            self.tiers.block(node)
-        self.tiers.close()
+        for owner in self.memory.states.owners:
+            if isinstance(owner, Snapshot):
+                self._tiers.snapshot(owner)
+        for node in self.memory.index.nodes.values():
+            self._tiers.block(node)
+        self._tiers.close()
 
     # ---------------------------------------------------------------- the books
 
@@ -620,34 +346,14 @@ class CacheManager:
     @property
     def stats(self) -> CacheStats:
         """Counters so far, and what is used now."""
-        stats, blocks, states = self._stats, self.blocks, self.states
-        stats.evicted_blocks = self.index.evicted_blocks
-        stats.evicted_snapshots = self.index.evicted_snapshots
+        stats, blocks, states = self._stats, self.memory.blocks, self.memory.states
+        stats.evicted_blocks = self.memory.index.evicted_blocks
+        stats.evicted_snapshots = self.memory.index.evicted_snapshots
         stats.blocks_used = blocks.num_used
         stats.blocks_cached, stats.blocks_free = len(blocks.cached), len(blocks.free)
         stats.slots_cached, stats.slots_free = states.num_snapshots, len(states.free)
         stats.slots_used = states.num_slots - states.num_available
         return stats
-
-    def _take_blocks(self, count: int) -> list[int]:
-        """``count`` blocks, evicting cached ones, or none at all."""
-        if count > self.blocks.num_available:
-            return []
-        while len(self.blocks.free) < count:
-            self.index.evict(next(iter(self.blocks.cached)))
-        return [self.blocks.take() for _ in range(count)]
-
-    def _take_slot(self) -> int:
-        """A slot for a running sequence, evicting a snapshot if none is free."""
-        if not self.states.free:
-            victim = self.states.victim()
-            if victim is None:
-                raise EngineError("a state slot was asked for and all of them are running")
-            self.index.evict_snapshot(victim)
-        return self.states.free.pop()
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
 
     def _lease(self, seq_id: int) -> Lease:
         lease = self.leases.get(seq_id)

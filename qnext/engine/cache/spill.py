@@ -75,6 +75,15 @@ class TierChain:
         for tier in self.tiers:
             tier.remove(name)
 
+    def forget(self, lease: Lease, snapshots: Sequence[Snapshot]) -> None:
+        """Remove what a poisoned sequence wrote, and the states given."""
+        for place in range(lease.hit // lease.block_size, lease.position // lease.block_size):
+            self.remove(block_name(lease.key(place + 1)))
+        for snapshot in snapshots:
+            self.remove(state_name(snapshot.node.key, snapshot.tail))
+        if lease.source:
+            self.remove(lease.source)
+
     def close(self) -> None:
         """Move what would be lost with the process further down, and end."""
         for place, tier in enumerate(self.tiers):

@@ -79,7 +79,7 @@ def test_salts_and_fingerprints_are_apart(needs_state):
     assert w.serve(LONG) == 0
     assert w.serve(LONG, salt=b"one adapter") > 0
     other = World(num_blocks=64, num_slots=24, fingerprint=b"other weights")
-    assert other.cache.index.root(b"").key != w.cache.index.root(b"").key
+    assert other.cache.memory.index.root(b"").key != w.cache.memory.index.root(b"").key
 
 
 def test_without_recurrent_layers_blocks_alone_hit_but_one_token_is_run():
@@ -148,11 +148,11 @@ def test_least_recently_used_goes_first():
 def test_back_off_snapshots_make_room_for_ends_of_the_same_age():
     w = world(num_blocks=256, num_slots=6, block_size=4)
     w.serve(range(150), answer=[1])
-    kept = {s.position for s in w.cache.states.owners if s is not None}
+    kept = {s.position for s in w.cache.memory.states.owners if s is not None}
     assert {150, 151} <= kept
     for n in range(2, 4):
         w.serve(range(n * 1000, n * 1000 + 4), answer=[1])
-    kept = {s.position for s in w.cache.states.owners if s is not None}
+    kept = {s.position for s in w.cache.memory.states.owners if s is not None}
     assert {150, 151} <= kept, "four new ends displaced an old one before the back-off snapshots"
 
 
@@ -186,6 +186,57 @@ def test_a_hit_takes_the_snapshots_slot_when_no_other_is_left():
     w = world(num_slots=1)
     w.serve(LONG)
     assert w.serve([*LONG, 1, 2]) == len(LONG)
+
+
+def test_without_a_block_for_a_copy_the_snapshot_itself_is_taken():
+    w = world(num_blocks=4, num_slots=8)
+    w.serve(LONG[:6])
+    other, _ = w.add([9] * 5)
+    assert w.piece(other, 5)
+    seq, cached = w.add(LONG[:6])
+    assert cached == 6
+    assert w.decode(seq, 1)
+    w.cache.check()
+    w.discard(seq)
+    assert w.serve(LONG[:6], max_cached=5) == 0
+
+
+def test_a_planned_state_that_was_not_written_is_never_published():
+    w = world(turn_end_ids=frozenset({107, 111}))
+    seq, _ = w.add(LONG)
+    assert w.cache.reserve(seq, 40)
+    saves = w.cache.plan_saves(seq, 0, 40)
+    assert [position for position, _ in saves] == [8, 12, 40]
+    free = w.cache.stats.slots_free
+    assert w.piece(seq, 10)  # a shorter piece came instead
+    assert w.cache.stats.slots_free == free + 2
+    assert w.piece(seq, 40)
+    w.finish(seq)
+    for length in (8, 12, 40):
+        assert w.serve([*LONG[:length], 1]) == length
+    assert w.cache.saves.planned == {}
+
+
+def test_two_readers_of_one_prompt_save_each_state_once():
+    w = world()
+    one, _ = w.add(LONG)
+    two, _ = w.add(LONG)
+    for seq in (one, two):
+        assert w.cache.reserve(seq, 40)
+    first = w.cache.plan_saves(one, 0, 40)
+    assert len(first) == 2
+    assert w.cache.plan_saves(two, 0, 40) == []
+    w.discard(one)
+    assert len(w.cache.plan_saves(two, 0, 40)) == 2
+    w.cache.check()
+
+
+def test_an_unused_twin_of_a_block_is_freed():
+    w = world()
+    w.serve(LONG[:16])
+    assert w.cache.stats.blocks_cached == 4
+    w.serve(LONG[:16], max_cached=0)
+    assert w.cache.stats.blocks_cached == 4
 
 
 def test_poison_leaves_nothing_behind():
@@ -300,12 +351,12 @@ def test_the_books_notice_what_is_wrong():
         w.cache.check({seq: 19}, full=False)
     with pytest.raises(EngineError, match="hold cache"):
         w.cache.check({seq: 20, 77: 1}, full=False)
-    w.cache.blocks.refs[w.cache.block_table(seq)[0]] += 1
+    w.cache.memory.blocks.refs[w.cache.block_table(seq)[0]] += 1
     with pytest.raises(EngineError, match="users"):
         w.cache.check()
-    w.cache.blocks.refs[w.cache.block_table(seq)[0]] -= 1
-    slot = w.cache.states.free.pop()
+    w.cache.memory.blocks.refs[w.cache.block_table(seq)[0]] -= 1
+    slot = w.cache.memory.states.free.pop()
     with pytest.raises(EngineError, match="accounted"):
         w.cache.check(full=False)
-    w.cache.states.free.append(slot)
+    w.cache.memory.states.free.append(slot)
     w.cache.check()
