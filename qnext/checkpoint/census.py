@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -38,6 +38,10 @@ class Layout:
     tensors: dict[str, DiskTensor]
     packed: dict[str, PackedParameter] = field(default_factory=dict)
     quantization: Quantization | None = None
+
+    def only(self, tensors: dict[str, DiskTensor]) -> Layout:
+        """The same layout with some of its tensors."""
+        return replace(self, tensors=tensors)
 
 
 def detect_layout(

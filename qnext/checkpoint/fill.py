@@ -64,8 +64,10 @@ def fill(
             finally:
                 pool.shutdown(cancel_futures=True)
         work.check_repeated()
-    for matrix in matrices(model).values():
-        matrix.settle()
+    filled = {part.param for rule in layout.tensors.values() for part in rule.parts}
+    for name, matrix in matrices(model).items():
+        if name in filled:
+            matrix.settle()
 
 
 # Tensor name, first and last byte; a whole tensor where the bytes need work.
@@ -85,7 +87,8 @@ class _Filler:
         self._matrices = matrices(model)
         self._layout, self._files, self._reader = layout, files, reader
         self._progress, self._done, self._lock = progress, 0, threading.Lock()
-        self._total = files.nbytes
+        entries = files.entries
+        self._total = sum(e.nbytes for n, e in entries.items() if n in layout.tensors)
         self._pinned = any(p.is_cuda for p in self._params.values())
         self._local = threading.local()
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from qnext.checkpoint.census import FLOATS, Layout, read_layout
 from qnext.checkpoint.fill import fill
+from qnext.checkpoint.progress import transfer_bar
 from qnext.checkpoint.reader import SafetensorsFolder
 from qnext.config import ModelConfig
 from qnext.errors import ConfigError
@@ -67,7 +68,7 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool = False,
     revision: str | None = None,
     offline: bool = False,
 ) -> CausalLM:
@@ -77,7 +78,8 @@ def load_model(
         path: folder, or model id of a hub; None for the shipped model.
         dtype: of the parameters; "auto" keeps what is on disk.
         device: "auto" takes CUDA where there is one.
-        progress: called with (bytes done, bytes in all) after every tensor.
+        progress: called with (bytes done, bytes in all) as they arrive, from several threads but
+            one at a time; True shows a bar on a terminal.
         revision: pins a hub revision.
         offline: use only what is already downloaded.
 
@@ -95,9 +97,13 @@ def load_model(
     config = ModelConfig.from_pretrained(folder)
     files = SafetensorsFolder(folder)
     layout = read_layout(files, config)
-    model = empty_model(layout.config, *_dtypes(layout, files, target), place, layout.packed)
+    model = empty_model(layout.config, *choose_dtypes(layout, files, target), place, layout.packed)
     started = time.perf_counter()
-    fill(model, layout, files, progress)
+    if progress is True:
+        with transfer_bar(f"loading {folder.name}") as bar:
+            fill(model, layout, files, bar)
+    else:
+        fill(model, layout, files, progress or None)
     log.info(
         "loaded model=%s bytes=%d seconds=%.2f", folder.name, files.nbytes,
         time.perf_counter() - started,
@@ -105,7 +111,7 @@ def load_model(
     return model.eval()
 
 
-def _dtypes(
+def choose_dtypes(
     layout: Layout, files: SafetensorsFolder, target: torch.dtype | None
 ) -> tuple[torch.dtype, dict[str, torch.dtype]]:
     """Dtype of the matrices, and of those vectors that differ on disk (such as A_log)."""
@@ -157,16 +163,43 @@ def empty_model(
         device: where.
         packed: parameters that are quantised, and how; they keep the dtypes of their format.
     """
+    model = skeleton(config, packed)
+    allocate(model, dtype, other, device)
+    restore_buffers(model, device)
+    return model
+
+
+def skeleton(config: ModelConfig, packed: Mapping[str, PackedParameter] | None = None) -> CausalLM:
+    """A model on the meta device, its quantised modules exchanged: no memory at all."""
     with torch.device("meta"), _NoInit():
         model = CausalLM(config)
     apply(model, packed or {})
+    return model
+
+
+def allocate(
+    model: CausalLM,
+    dtype: torch.dtype,
+    other: Mapping[str, torch.dtype],
+    device: torch.device,
+    within: tuple[str, ...] = ("",),
+) -> None:
+    """Give parameters memory, uninitialised; on the meta device take it away.
+
+    Args:
+        model: whose parameters.
+        dtype: of the plain ones.
+        other: parameter name -> dtype, where it differs.
+        device: where.
+        within: only parameters whose names start so.
+    """
     for name, old in list(model.named_parameters()):
+        if not name.startswith(within):
+            continue
         owner = model.get_submodule(name.rpartition(".")[0])
         kind = old.dtype if isinstance(owner, PackedMatrix) else other.get(name, dtype)
         fresh = nn.Parameter(torch.empty(old.shape, dtype=kind, device=device), old.requires_grad)
         setattr(owner, name.rpartition(".")[2], fresh)
-    restore_buffers(model, device)
-    return model
 
 
 def restore_buffers(model: CausalLM, device: torch.device) -> None:

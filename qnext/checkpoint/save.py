@@ -64,14 +64,14 @@ def save_model(
     ]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
         tensors = {t.name: gather(t, params, dtype) for t in shard}
-        _replace(folder / name, partial(_write_shard, tensors))
+        replace(folder / name, partial(_write_shard, tensors))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(map(bytes_of, rules))},
             "weight_map": {t.name: n for n, s in zip(names, shards, strict=True) for t in s},
         }
         write_json(folder / INDEX, index)
-    _drop_stale(folder, {*names, *([INDEX] if len(shards) > 1 else [])})
+    drop_stale(folder, {*names, *([INDEX] if len(shards) > 1 else [])})
     save_config(config, folder, dtype or model.dtype)
     if extra_files is not None:
         copy_extra_files(Path(extra_files), folder)
@@ -136,7 +136,7 @@ def save_config(config: ModelConfig, folder: Path, dtype: torch.dtype) -> None:
 def write_json(path: Path, data: object) -> None:
     """Write JSON to the side and rename, so that a reader never sees half a file."""
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    _replace(path, lambda p: p.write_text(text, encoding="utf-8"))
+    replace(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def copy_extra_files(source: Path, target: Path) -> None:
@@ -163,7 +163,12 @@ def _split(
     yield shard
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file to the side, then put it in place.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     side = path.with_name(path.name + ".part")
     try:
         write(side)
@@ -173,7 +178,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         raise CheckpointError(f"could not write {path}: {error.strerror or error}") from error
 
 
-def _drop_stale(folder: Path, kept: set[str]) -> None:
+def drop_stale(folder: Path, kept: set[str]) -> None:
     """Remove weight files of an earlier save, which would contradict the new ones."""
     for file in [*folder.glob("model*.safetensors"), folder / INDEX]:
         if file.name not in kept:

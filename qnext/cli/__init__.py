@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from qnext import __version__
-from qnext.cli import bench, chat, checkpoints, generate, machine, plan, training
+from qnext.cli import bench, chat, checkpoints, generate, machine, plan, quantize, training
 from qnext.errors import ConfigError, QnextError, RequestError
 
 app = typer.Typer(
@@ -60,6 +60,7 @@ for verb in (
     plan.plan,
     checkpoints.pull,
     checkpoints.convert,
+    quantize.quantize,
     training.train,
     bench.bench,
     machine.doctor,

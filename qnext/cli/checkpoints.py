@@ -114,12 +114,7 @@ def convert(
 
     size, wanted = parse_size(max_shard_size), parse_dtype(dtype)
     folder = resolve_model(source, revision=revision, offline=offline)
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"{target} is not a folder", hint="choose another target")
-    if target.exists() and target.resolve() == folder.resolve():
-        raise ConfigError(f"source and target are both {target}", hint="write to another folder")
-    if target.exists() and any(target.iterdir()) and not force:
-        raise ConfigError(f"{target} is not empty", hint="choose another folder, or pass --force")
+    check_target(folder, target, force)
     if fused_experts is None:
         fused_experts = read_layout(SafetensorsFolder(folder)).fused_experts
     model = load_model(folder, dtype="auto", device="cpu")
@@ -132,6 +127,20 @@ def convert(
         extra_files=folder,
     )
     typer.echo(str(target))
+
+
+def check_target(source: Path, target: Path, force: bool) -> None:
+    """Refuse to write over the source, a file, or a folder with something in it.
+
+    Raises:
+        ConfigError: one of those.
+    """
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is not a folder", hint="choose another target")
+    if target.exists() and target.resolve() == source.resolve():
+        raise ConfigError(f"source and target are both {target}", hint="write to another folder")
+    if target.exists() and any(target.iterdir()) and not force:
+        raise ConfigError(f"{target} is not empty", hint="choose another folder, or pass --force")
 
 
 def parse_size(text: str) -> int:
