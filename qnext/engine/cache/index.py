@@ -145,6 +145,19 @@ class PrefixIndex:
             self.spill.snapshot(snapshot)
         self.evicted_snapshots += 1
         self.drop_snapshot(snapshot)
+        self._demote(snapshot.node)
+
+    def _demote(self, node: Node) -> None:
+        """Blocks that no state needs any more are the next to go, the last one first."""
+        useless: list[int] = []
+        found: Node | None = node
+        while found is not None and found.block in self.blocks.cached:
+            if found.snapshots or len(found.children) > bool(useless):
+                break
+            useless.append(found.block)
+            found = found.parent
+        for block in reversed(useless):
+            self.blocks.cached.move_to_end(block, last=False)
 
     def evict(self, block: int) -> None:
         """Forget what a block holds, and all that needs it; unless it is in use it is free then."""

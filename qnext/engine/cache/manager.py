@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from qnext.engine.cache.attach import Attach
 from qnext.engine.cache.check import check_books
-from qnext.engine.cache.entries import Lease, Snapshot
+from qnext.engine.cache.entries import Lease, Node, Snapshot
 from qnext.engine.cache.memory import Memory
 from qnext.engine.cache.policy import WORTH, turn_ends, wanted_snapshots
 from qnext.engine.cache.saves import Saves
@@ -66,6 +66,7 @@ class CacheManager:
         self.snapshot_interval, self.turn_end_ids = snapshot_interval, turn_end_ids
         self.leases: dict[int, Lease] = {}
         self._stats = CacheStats()
+        self._refused: Lease | None = None
         self._tiers: TierChain | None = None
         if tiers and enable_prefix_caching:
             self._tiers = TierChain(tiers, tensors, needs_state=needs_state)
@@ -93,6 +94,7 @@ class CacheManager:
         *,
         salt: bytes = b"",
         max_cached: int | None = None,
+        room: int = 0,
     ) -> int | None:
         """Seat a sequence on the longest cached prefix of its tokens.
 
@@ -102,9 +104,12 @@ class CacheManager:
             salt: whatever else its states depend on, such as the adapter.
             max_cached: most tokens to take from the cache; None means all of them, where a stored
                 hidden state then gives the logits of the last one.
+            room: tokens that will be reserved next; where other sequences have too many blocks for
+                that anyway, nothing is looked up and copied in vain.
 
         Returns:
-            tokens whose KV and state it now has, 0 for a clean slot; None if no slot can be had.
+            tokens whose KV and state it now has, 0 for a clean slot; None, with nothing changed, if
+            no slot or no room can be had.
 
         Raises:
             EngineError: ``seq_id`` is seated already.
@@ -113,10 +118,16 @@ class CacheManager:
             raise EngineError(f"sequence {seq_id} has begun already")
         if not self.memory.states.num_available:
             return None
+        lease, path = self._known(seq_id, tokens, salt)
+        blocks = self.memory.blocks
+        used = sum(blocks.refs[node.block] > 0 for node in path[1:])
+        if self.memory.num_blocks(room) - used > blocks.num_available:
+            self._refused = lease
+            return None
+        self._refused = None
         self.memory.index.now += 1
-        lease = Lease(seq_id, tokens, self.memory.index.root(salt), self.block_size)
         if self.enabled:
-            self._look_up(lease, len(tokens), max_cached)
+            self._look_up(lease, path, len(tokens), max_cached)
         if lease.slot < 0:
             self.memory.tensors.reset_slot(self.memory.seat(lease))
         lease.hit = lease.position
@@ -124,9 +135,16 @@ class CacheManager:
         self.leases[seq_id] = lease
         return lease.position
 
-    def _look_up(self, lease: Lease, length: int, max_cached: int | None) -> None:
+    def _known(self, seq_id: int, tokens: Sequence[int], salt: bytes) -> tuple[Lease, list[Node]]:
+        """A new lease and the known blocks of its tokens, the root first."""
+        root = self.memory.index.root(salt)
+        lease, again = Lease(seq_id, tokens, root, self.block_size), self._refused
+        if again is not None and again.tokens is tokens and again.root is root:
+            lease.keys = again.keys  # who waits asks in every step
+        return lease, self.memory.index.walk(lease, len(tokens) if self.enabled else 0)
+
+    def _look_up(self, lease: Lease, path: list[Node], length: int, max_cached: int | None) -> None:
         """Attach what is cached, and decide which states of the rest to save."""
-        path = self.memory.index.walk(lease, length)
         known = path[-1].end
         self._attach.longest(lease, path, length if max_cached is None else min(length, max_cached))
         self._stats.queries += 1

@@ -145,6 +145,34 @@ def test_least_recently_used_goes_first():
     assert w.serve(a) == 8
 
 
+def test_blocks_without_a_state_go_before_older_ones_with_one():
+    w = world(num_blocks=10, num_slots=6)
+    old, new = [1] * 8, [2] * 12
+    w.serve(old)
+    w.serve(new)
+    w.cache.memory.index.evict_snapshot(
+        next(s for s in w.cache.memory.states.owners if s is not None and s.position == 12)
+    )
+    w.serve([3] * 28)  # seven blocks: five are free, two more are needed
+    assert w.serve(old) == 8
+
+
+def test_no_room_is_known_before_anything_is_copied():
+    w = world(num_blocks=8, num_slots=4)
+    w.serve(LONG[:10])
+    one, _ = w.add([9] * 5)
+    assert w.piece(one, 5)
+    assert w.cache.reserve(one, 20)
+    before = list(w.tensors.states)
+    tokens = list(LONG[:10])
+    assert w.cache.begin(77, tokens, room=16) is None
+    assert w.cache.begin(77, tokens, room=16) is None
+    assert w.tensors.states == before
+    w.cache.check({one: 5})
+    assert w.cache.begin(77, tokens, room=12) == 10
+    assert w.cache.reserve(77, 12)
+
+
 def test_back_off_snapshots_make_room_for_ends_of_the_same_age():
     w = world(num_blocks=256, num_slots=6, block_size=4)
     w.serve(range(150), answer=[1])
