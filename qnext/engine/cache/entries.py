@@ -98,7 +98,7 @@ class Lease:
         table: its blocks in order.
         hit: tokens that were cached when it began.
         wanted: (position, worth) of the snapshots its prompt should leave, ascending.
-        plans: those that the piece beginning at ``planned_from`` saves.
+        plans: those that the piece now running saves; the next commit ends them.
         registered: blocks that were offered to the index.
         boundary: positions below it commit without further work.
         published: snapshots that came from it.
@@ -116,7 +116,6 @@ class Lease:
     hit: int = 0
     wanted: list[tuple[int, float]] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
-    planned_from: int = -1
     registered: int = 0
     boundary: int = 0
     published: list[Snapshot] = field(default_factory=list)

@@ -244,7 +244,6 @@ class CacheManager:
         for worth, position in sorted(found, reverse=True):
             self.saves.plan(lease, position, worth)
         lease.plans.sort(key=lambda plan: plan.position)
-        lease.planned_from = start
         if lease.plans:
             lease.boundary = 0
         return [(plan.position, plan.slot) for plan in lease.plans]
@@ -272,13 +271,13 @@ class CacheManager:
                 f"sequence {lease.seq_id} cannot commit {position} tokens: {lease.position} are"
                 f" committed, it has {len(lease.tokens)} tokens and room for {room}"
             )
-        start, lease.position = lease.position, position
+        lease.position = position
         full = position // self.block_size
         if self.enabled:
             if full > lease.registered:
                 self.saves.chain(lease, full)
             if lease.plans:
-                self.saves.settle(lease, publish=start == lease.planned_from)
+                self.saves.settle(lease, publish=True)
         lease.boundary = min(room, (full + 1) * self.block_size) if self.enabled else room
 
     # ---------------------------------------------------------------- it ends

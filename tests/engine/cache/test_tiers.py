@@ -36,7 +36,7 @@ def same(found, wanted):
 
 
 def disk(folder, max_bytes=1 << 20, **options):
-    return DiskTier(folder, max_bytes, fingerprint=b"weights", min_tokens=1, **options)
+    return DiskTier(folder, max_bytes, fingerprint=b"weights", **{"min_tokens": 1, **options})
 
 
 def files(folder: Path):
@@ -322,6 +322,7 @@ def test_a_state_comes_from_the_tier_and_blocks_from_the_device():
 
 def test_the_host_overflows_to_the_disk_and_a_restart_finds_it(tmp_path):
     w = World(num_blocks=8, num_slots=3, tiers=[HostTier(3000), disk(tmp_path)])
+    w.serve([1, 2, 3])
     w.serve(LONG, answer=[1, 2])
     crowd(w)
     w.cache.close()
@@ -329,10 +330,12 @@ def test_the_host_overflows_to_the_disk_and_a_restart_finds_it(tmp_path):
     again = World(num_blocks=8, num_slots=3, tiers=[HostTier(3000), disk(tmp_path)])
     assert again.serve([*LONG, 1, 2, 3]) == len(LONG) + 2
     assert again.serve([1003] * 20) == 20
+    assert again.serve([1, 2, 3]) == 3
     again.cache.close()
     for options in ({"fingerprint": b"new weights"}, {"block_size": 8}):
         other = World(**options, tiers=[disk(tmp_path)])
         assert other.serve([*LONG, 1, 2, 3]) == 0
+        assert other.serve([1, 2, 3]) == 0
         other.cache.close()
 
 
