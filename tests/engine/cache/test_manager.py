@@ -145,6 +145,43 @@ def test_least_recently_used_goes_first():
     assert w.serve(a) == 8
 
 
+def test_blocks_go_by_last_use_and_from_the_end():
+    w = world(num_blocks=6, needs_state=False)
+    a, b, c = [1] * 9, [2] * 9, [3] * 9
+    w.serve(a)
+    w.serve(b)
+    assert w.serve(a) == 8
+    w.serve(c)  # three blocks, of which two are free
+    seq, cached = w.add(b)
+    assert cached == 4
+    w.discard(seq)
+    assert w.serve(a) == 8
+
+
+def test_a_long_prompt_does_not_sweep_conversations_away():
+    w = world(num_blocks=256, num_slots=5)
+    ends = [[n] * 3 for n in range(4)]
+    for prompt in ends:
+        w.serve(prompt)
+    w.serve(range(1000, 1700))
+    kept = {s.position for s in w.cache.memory.states.owners if s is not None}
+    assert 700 in kept
+    assert [w.serve(prompt) for prompt in ends[1:]] == [3, 3, 3]
+
+
+def test_a_state_that_was_used_outlives_a_younger_one():
+    w = world(num_slots=4)
+    a, b = [1, 1, 1], [2, 2, 2]
+    w.serve(a)
+    w.serve(b)
+    for _ in range(3):
+        assert w.serve(a) == 3
+    for n in range(3, 5):
+        w.serve([n] * 3)
+    assert w.serve(a) == 3
+    assert w.serve(b) == 0
+
+
 def test_blocks_without_a_state_go_before_older_ones_with_one():
     w = world(num_blocks=10, num_slots=6)
     old, new = [1] * 8, [2] * 12
@@ -263,8 +300,12 @@ def test_an_unused_twin_of_a_block_is_freed():
     w = world()
     w.serve(LONG[:16])
     assert w.cache.stats.blocks_cached == 4
-    w.serve(LONG[:16], max_cached=0)
-    assert w.cache.stats.blocks_cached == 4
+    seq, _ = w.add(LONG[:16], max_cached=0)
+    assert w.piece(seq, 16)
+    stats = w.cache.stats
+    assert (stats.blocks_used, stats.blocks_cached) == (4, 0)
+    assert w.add(LONG[:16]) == (seq + 1, 16)
+    w.cache.check()
 
 
 def test_poison_leaves_nothing_behind():
