@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 MIB, GIB = 2**20, 2**30
 
-# What ``cudaMemGetInfo`` gives as a card's total, which is less than nvidia-smi's figure. H100 is
-# measured; the others are the capacities that torch's out-of-memory messages report, rounded there
-# to 0.01 GiB, the smallest where reports differ.
+# What ``cudaMemGetInfo`` gives as a card's total, which is less than nvidia-smi's figure. H100 and
+# H200 are measured; the others are the capacities that torch's out-of-memory messages report,
+# rounded there to 0.01 GiB, the smallest where reports differ.
 GPUS: dict[str, int] = {
     "h100": 85_017_493_504,
-    "h200": round(139.81 * GIB),
+    "h200": 150_109_880_320,
     "b200": round(178.35 * GIB),
     "a100-80": round(79.25 * GIB),
     "a100-40": round(39.39 * GIB),
