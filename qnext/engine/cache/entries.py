@@ -65,14 +65,9 @@ class Snapshot:
     worth: float
     score: float = 0.0
 
-    @property
-    def key(self) -> bytes:
-        """Key of all tokens up to ``position``; apart from every node's."""
-        return snapshot_key(self.node.key, self.tail)
-
 
 def snapshot_key(node_key: bytes, tail: Sequence[int]) -> bytes:
-    """Key of a state: its block's key, a mark, and the tail."""
+    """Key of a state, apart from every block's: its block's key, a mark, and the tail."""
     return chain_key(node_key + b"state", tail)
 
 

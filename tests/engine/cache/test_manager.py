@@ -169,6 +169,15 @@ def test_a_long_prompt_does_not_sweep_conversations_away():
     assert [w.serve(prompt) for prompt in ends[1:]] == [3, 3, 3]
 
 
+def test_a_back_off_snapshot_that_was_hit_once_is_kept_like_an_end():
+    w = world(num_blocks=256, num_slots=8)
+    w.serve(range(150))
+    assert w.serve([*range(120), 999]) == 116
+    for n in range(3, 7):
+        w.serve([n] * 3)
+    assert w.serve([*range(120), 998], max_cached=119) == 116
+
+
 def test_a_state_that_was_used_outlives_a_younger_one():
     w = world(num_slots=4)
     a, b = [1, 1, 1], [2, 2, 2]
@@ -326,6 +335,17 @@ def test_poison_leaves_nothing_behind():
     assert all(("nan",) not in rows for rows in w.tensors.rows)
     assert ("nan",) not in w.tensors.states
     assert w.serve(LONG) == 0
+
+
+def test_poison_takes_what_others_built_on_it_along():
+    w = world()
+    seq, _ = w.add(LONG[:10])
+    assert w.piece(seq, 10)
+    assert w.serve([*LONG[:10], 5, 5, 5]) == 10
+    w.poison(seq)
+    w.discard(seq, poisoned=True)
+    w.cache.check()
+    assert w.serve([*LONG[:10], 5, 5, 5]) == 0
 
 
 def test_an_abort_keeps_what_was_committed():

@@ -378,11 +378,12 @@ def test_back_off_states_that_nobody_used_are_not_spilled():
 
 def test_poison_is_not_kept_below():
     tier = HostTier(1 << 20)
-    w = World(num_blocks=12, num_slots=4, tiers=[tier])
+    w = World(num_blocks=40, num_slots=4, tiers=[tier])
     seq, _ = w.add(LONG)
     w.poison(seq)
     assert w.piece(seq, len(LONG))
     crowd(w, 5)
+    assert any(b"nan" in bytes(t.tolist()) for e in tier._entries.values() for t in e.values())
     w.discard(seq, poisoned=True)
     assert all(b"nan" not in bytes(t.tolist()) for e in tier._entries.values() for t in e.values())
     assert w.serve(LONG) == 0
