@@ -14,7 +14,17 @@ from typing import Annotated, Any
 import typer
 
 from qnext import __version__
-from qnext.cli import bench, chat, checkpoints, generate, machine, plan, quantize, training
+from qnext.cli import (
+    bench,
+    chat,
+    checkpoints,
+    evaluate,
+    generate,
+    machine,
+    plan,
+    quantize,
+    training,
+)
 from qnext.errors import ConfigError, QnextError, RequestError
 
 app = typer.Typer(
@@ -66,6 +76,7 @@ for verb in (
     machine.doctor,
 ):
     app.command()(verb)
+app.command(name="eval")(evaluate.evaluate)
 app.add_typer(training.data)
 
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -68,6 +68,17 @@ class TokenShards:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+
+class Documents(Protocol):
+    """Documents to score: :class:`TokenShards`, or others like them."""
+
+    num_bytes: int
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -286,7 +297,7 @@ def prefetch(
 
 
 def heldout_batches(
-    shards: TokenShards, tokens: int, seq_len: int, depth: int
+    shards: Documents, tokens: int, seq_len: int, depth: int
 ) -> Iterator[TrainBatch]:
     """Every document once, in order, in batches of about ``tokens`` tokens."""
     sequences: list[np.ndarray] = []

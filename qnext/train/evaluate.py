@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from qnext.parallel import Mesh
-from qnext.train.data import TokenShards, heldout_batches
+from qnext.train.data import Documents, heldout_batches
 from qnext.train.loss import Objective
 
 
@@ -47,7 +47,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     objective: Objective,
-    shards: Sequence[TokenShards],
+    shards: Sequence[Documents],
     seq_len: int,
     tokens: int,
     mesh: Mesh | None = None,

@@ -105,14 +105,16 @@ class Objective(nn.Module):
 
     Args:
         model: in training mode.
-        config: weights of the losses.
+        config: weights of the losses; scoring needs none.
         ranks: how the tokens are shared out.
     """
 
-    def __init__(self, model: CausalLM, config: LossConfig, ranks: Alone | None = None) -> None:
+    def __init__(
+        self, model: CausalLM, config: LossConfig | None = None, ranks: Alone | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.config, self.ranks = model, config, ranks or Alone()
-        self.depth = config.mtp_depth if model.mtp is not None else 0
+        self.model, self.config, self.ranks = model, config or LossConfig(), ranks or Alone()
+        self.depth = self.config.mtp_depth if model.mtp is not None else 0
 
     def forward(
         self, batch: TrainBatch, step: Step, seen: Tensor | None = None

@@ -1,9 +1,11 @@
-"""What a run tells: a progress line, metrics as JSON lines, plots."""
+"""What a run tells while it runs: metrics as JSON lines, a bar or lines, and sinks of others."""
 
 from __future__ import annotations
 
 import json
 import logging
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 from qnext.config import ModelConfig
+from qnext.train.bar import Bar
 from qnext.train.config import ReportConfig
 from qnext.train.sinks import open_sinks
 from qnext.weights import disk_tensors
@@ -70,7 +73,7 @@ class Report:
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.started = self.last = time.perf_counter()
         self.last_step, self.last_progress = start, progress
-        self.bar = _bar(steps, start)
+        self.bar = Bar.on_terminal(steps, start)
 
     def step(
         self, step: int, tokens: int, values: dict[str, Any], progress: float
@@ -89,18 +92,16 @@ class Report:
         row = {"step": step, "tokens": step * tokens, **values, "tokens_per_s": rate}
         if self.peak:
             row["mfu"] = rate * self.flops / self.peak
-        if torch.cuda.is_available():
-            row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["memory_gib"] = peak_memory() / 2**30
         speed = (progress - self.last_progress) / max(now - self.last, 1e-9)
         row["eta_s"] = (1 - progress) / speed if speed > 0 else 0.0
         self.last_progress = progress
         self.last, self.last_step = now, step
         self.write(row)
-        shown = {k: v for k, v in row.items() if isinstance(v, float | int)}
-        text = " ".join(f"{k}={v:.4g}" for k, v in shown.items() if k not in ("step", "tokens"))
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=step, description=text)
+            self.bar.update(row)
         else:
+            text = " ".join(f"{k}={v:.4g}" for k, v in _numbers(row))
             log.info("step=%d/%d %s", step, self.steps, text)
         return row
 
@@ -115,16 +116,26 @@ class Report:
 
     def event(self, name: str, step: int, facts: dict[str, Any]) -> None:
         """Record that something happened to the run."""
-        self.last_step = step
+        self.last, self.last_step = time.perf_counter(), step
+        self.last_progress = min(self.last_progress, step / self.steps)
         self.write({"step": step, "event": name, **facts})
 
     def close(self) -> None:
         """End the bar and the file."""
         if self.bar is not None:
-            self.bar.stop()
+            self.bar.close()
         for sink in self.sinks:
             sink.close()
         self.file.close()
+
+
+def peak_memory() -> int:
+    """Most bytes held so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Kilobytes, but bytes on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _numbers(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -149,58 +160,3 @@ def _forget_after(file: Path, step: int) -> None:
         if row["step"] <= step:
             kept.append(line + "\n")
     file.write_text("".join(kept), encoding="utf-8")
-
-
-def _bar(steps: int, start: int) -> Any:
-    import sys
-
-    if not sys.stderr.isatty():
-        return None
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    bar = Progress(
-        BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"),
-        console=Console(stderr=True),
-    )  # fmt: skip
-    bar.add_task("", total=steps, completed=start)
-    bar.start()
-    return bar
-
-
-def plot(folder: Path) -> list[Path]:
-    """Loss, gradient norm and expert load as PNG; needs matplotlib (extra ``train``)."""
-    try:
-        import matplotlib
-    except ImportError:
-        log.warning("matplotlib is not installed; no plots (pip install 'qnext[train]')")
-        return []
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    steps = [r for r in rows if "loss" in r]
-    made = []
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="next token")
-    if any(r.get("mtp_loss") for r in steps):
-        left.plot([r["step"] for r in steps], [r["mtp_loss"] for r in steps], label="MTP")
-    left.set(xlabel="step", ylabel="loss (nats per token)", title="training loss")
-    left.legend()
-    right.semilogy([r["step"] for r in steps], [r["grad_norm"] for r in steps])
-    right.set(xlabel="step", title="gradient norm before clipping")
-    made.append(folder / "loss.png")
-    figure.savefig(made[-1], dpi=110)
-    loads = [r["expert_load"] for r in rows if r.get("expert_load")]
-    if loads:
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(loads[-1], aspect="auto", cmap="viridis", vmin=0)
-        axes.set(xlabel="expert", ylabel="sparse layer, then MTP by depth",
-                 title="expert load at the end (1 = perfectly balanced)")  # fmt: skip
-        figure.colorbar(image)
-        made.append(folder / "expert_load.png")
-        figure.savefig(made[-1], dpi=110)
-    return made

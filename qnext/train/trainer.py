@@ -27,7 +27,8 @@ from qnext.train.data import PackedLoader, TokenShards, TrainBatch, prefetch
 from qnext.train.evaluate import Evaluation, evaluate
 from qnext.train.loss import Step
 from qnext.train.optim import MasterOptimizer
-from qnext.train.report import PEAK, Report, flops_per_token, plot
+from qnext.train.plots import plot, write_page
+from qnext.train.report import PEAK, Report, flops_per_token
 from qnext.train.resume import latest, read_checkpoint, save_checkpoint
 from qnext.train.schedule import learning_rate
 from qnext.train.sharded import ShardedSaver, load_sharded
@@ -191,7 +192,7 @@ class Trainer:
                 report.close()
         log.info("heldout %s", json.dumps(result.to_dict()))
         if self.main:
-            plot(self.output)
+            write_page(self.output, plot(self.output))
         skipped = int(self.optimizer.skipped)
         return TrainResult(
             self.export(result), self.step_done, self.progress() >= 1, skipped, result

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ("generate", "chat", "inspect", "pull", "convert", "train", "data", "bench", "doctor")
+VERBS = (
+    "generate",
+    "chat",
+    "inspect",
+    "pull",
+    "convert",
+    "train",
+    "eval",
+    "data",
+    "bench",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -9,7 +9,9 @@ import pytest
 from toy import MODEL
 
 from qnext.config import ModelConfig
-from qnext.train.report import Report, flops_per_token, plot
+from qnext.train.bar import Bar, clock
+from qnext.train.plots import plot, write_page
+from qnext.train.report import Report, flops_per_token
 
 
 def test_rows_hold_rates_and_time_left(tmp_path: Path) -> None:
@@ -60,3 +62,42 @@ def test_plots_are_pictures(tmp_path: Path) -> None:
     made = plot(tmp_path)
     assert [p.name for p in made] == ["loss.png", "expert_load.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in made)
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    rows = [
+        {"step": s, "tokens": 10 * s, "loss": 3 / s, "mtp_loss": 0.0, "grad_norm": 1.0, "lr": 0.1,
+         "tokens_per_s": 50.0 + s, "expert_load": [[1, 1.5]]} for s in (1, 2, 3)
+    ]  # fmt: skip
+    events = [{"step": 1, "event": "rollback", "from": 2, "why": "the loss is <nan>"}]
+    events += [{"step": 3, "heldout": {"loss": 1.25, "bits_per_byte": 0.5}}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*rows, *events])))
+    (tmp_path / "run.toml").write_text('output = "x"\n')
+    pictures = plot(tmp_path)
+    assert [p.name for p in pictures] == ["loss.png", "speed.png", "expert_load.png"]
+    page = write_page(tmp_path, pictures).read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert 'src="data:' in page
+    assert 'src="loss' not in page
+    for text in ("&lt;nan&gt;", "held-out bits per byte", "output = &quot;x&quot;", "52"):
+        assert text in page, text
+
+
+def test_the_bar_shows_what_people_watch() -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    out = StringIO()
+    bar = Bar(100, 20, Console(file=out, force_terminal=True, width=150))
+    bar.update(
+        {"step": 40, "loss": 2.34567, "mtp_loss": 3.1, "grad_norm": 0.5, "tokens_per_s": 123456.7,
+         "mfu": 0.351, "memory_gib": 12.34, "skipped": 0.0, "eta_s": 3725.0}
+    )  # fmt: skip
+    bar.close()
+    text = out.getvalue()
+    for part in ("40/100", "loss 2.3457", "mtp 3.100", "123,457 tok/s", "MFU 35.1%", "12.3 GiB",
+                 "left 1:02:05"):  # fmt: skip
+        assert part in text, part
+    assert "skipped" not in text
+    assert clock(59.9) == "0:59"
