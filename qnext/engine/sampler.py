@@ -83,35 +83,29 @@ class Draws:
 
     def host(self) -> Sampled:
         """The one transfer; a second one where a flat distribution needed a full sort."""
-        wanted = self.plan.logprobs
-        first = [
-            self.tokens,
-            self.finite.long() + self.valid,
-            *(retry.enough.long() for retry in self.retries),
-        ]
+        wanted, rows = self.plan.logprobs, len(self.plan.states)
+        first = [self.tokens, self.finite, self.valid, *(retry.enough for retry in self.retries)]
         columns: Tensor | None = None
         if wanted:
             columns = self._columns()
             first.append(columns.view(torch.int64).flatten())
         found = torch.cat(first).cpu()
-        rows = len(self.plan.states)
-        if self.retries:
-            enough = found[2 * rows : 2 * rows + sum(len(r.enough) for r in self.retries)]
-            if not bool(enough.all()):
-                self.settle()
-                return self.host()
-        both: list[int] = found[: 2 * rows].tolist()
+        flags: list[int] = found[
+            : len(found) - (0 if columns is None else columns.numel())
+        ].tolist()
+        if not all(flags[3 * rows :]):
+            self.settle()
+            return self.host()
         logprobs: list[RawLogprobs | None] = [None] * rows
         if columns is not None:
-            numbers = found[len(found) - columns.numel() :].view(torch.float64)
+            numbers = found[len(flags) :].view(torch.float64)
             counts = [count for _, count in wanted]
             read = read_columns(numbers.view(columns.shape).tolist(), counts)
             for (row, _), one in zip(wanted, read, strict=True):
                 logprobs[row] = one
-        flags = both[rows:]
-        return Sampled(
-            both[:rows], [flag == 2 for flag in flags], logprobs, [flag > 0 for flag in flags]
-        )
+        finite = list(map(bool, flags[rows : 2 * rows]))
+        valid = list(map(bool, flags[2 * rows : 3 * rows]))
+        return Sampled(flags[:rows], valid, logprobs, finite)
 
     def _columns(self) -> Tensor:
         rows, most = self.plan.logprob_rows, max(count for _, count in self.plan.logprobs)
@@ -221,16 +215,14 @@ class Sampler:
             allowed = logits.amax(-1) > -torch.inf
         numbers = _numbers(plan, drafts) if plan.draws else None
         retries: list[_Retry] = []
-        tokens = torch.empty(len(plan.states), dtype=torch.long, device=raw.device)
-        for group in plan.groups:
-            members = group.members
-            part = logits if members is None else logits[members]
-            draws = numbers if numbers is None or members is None else numbers[members]
-            picked = _pick(part, group, draws, retries)
-            if members is None:
-                tokens = picked
-            else:
-                tokens[members] = picked
+        if len(plan.groups) == 1:
+            tokens = _pick(logits, plan.groups[0], numbers, retries)
+        else:
+            tokens = torch.empty(len(plan.states), dtype=torch.long, device=raw.device)
+            for group in plan.groups:
+                members = group.members
+                draws = None if numbers is None else numbers[members]
+                tokens[members] = _pick(logits[members], group, draws, retries)
         if step.forced:
             where = to_device(np.array(step.forced, np.int64), raw.device)
             tokens[where[:, 0]] = where[:, 1]
