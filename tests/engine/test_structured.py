@@ -59,6 +59,9 @@ def add(tokenizer: Tokenizer) -> Callable[..., Request]:
     return added
 
 
+FEW_BLOCKS = {"block_size": 2, "num_blocks": 110, "max_model_len": 210}
+
+
 def engine_of(model: CausalLM, **options: Any) -> Engine:
     return new_engine(
         model, **{"vocab_size": 8192, "max_model_len": 500, "eos_token_ids": (EOS,), **options}
@@ -103,15 +106,22 @@ def test_every_answer_has_its_form_and_is_the_same_under_every_schedule(
         engine_of(wide_model, num_speculative_tokens=4, max_num_seqs=5),
         engine_of(wide_model, num_speculative_tokens=3, max_num_batched_tokens=7),
         engine_of(wide_model, num_speculative_tokens=2, draft_override=spoiled),
-        # blocks for three of them: the others give way and are computed again
-        engine_of(wide_model, num_speculative_tokens=2, num_blocks=96, preemption="recompute"),
+        # blocks for a few of them: the others give way
+        engine_of(wide_model, num_speculative_tokens=2, preemption="recompute", **FEW_BLOCKS),
+        engine_of(
+            wide_model,
+            num_speculative_tokens=1,
+            preemption="swap",
+            enable_prefix_caching=False,
+            **FEW_BLOCKS,
+        ),
     ]
     results = []
     for engine in engines:
         requests = []
         for n, form in enumerate(every):
             params = SamplingParams(
-                temperature=temperature, seed=n, max_tokens=440, structured_outputs=form
+                temperature=temperature, seed=n, max_tokens=200, structured_outputs=form
             )
             requests.append(add(engine, PROMPT, params))
         drain(engine)
@@ -122,6 +132,8 @@ def test_every_answer_has_its_form_and_is_the_same_under_every_schedule(
             assert sequence.text is not None
             check_text(form, sequence.text.text)
     assert all(result == results[0] for result in results[1:])
+    assert engines[-2].stats.num_preempted > 0
+    assert engines[-1].stats.num_swapped > 0
 
 
 def spoiled(sequence: Sequence, drafts: list[int]) -> list[int]:
