@@ -29,6 +29,7 @@ COMMANDS = {
 }
 
 
+@session.engine_options
 def chat(
     model: session.Model = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -38,28 +39,14 @@ def chat(
     top_k: session.TopK = None,
     repetition_penalty: session.Penalty = None,
     max_thinking_tokens: session.MaxThinking = None,
-    seed: session.Seed = 0,
-    num_speculative_tokens: session.Drafts = "auto",
-    dtype: session.Dtype = "auto",
-    device: session.Device = "auto",
-    deterministic: session.Deterministic = False,
-    revision: session.Revision = None,
-    offline: session.Offline = False,
+    *,
+    load: session.Loader,
 ) -> None:
     """Talk with a model; Ctrl-C stops an answer, /help lists commands.
 
     A base model has no chat template: then it continues the running text instead.
     """
-    llm = session.load(
-        model,
-        drafts=num_speculative_tokens,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        revision=revision,
-        offline=offline,
-        deterministic=deterministic,
-    )
+    llm = load(model)
     params = session.sampling(
         llm,
         max_tokens,

@@ -19,6 +19,7 @@ SAMPLE = "A transaction is"
 """Shows the model in the box; an Instruct model is better served by ``qnext chat``."""
 
 
+@session.engine_options
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; - reads stdin.")] = None,
     model: session.Model = None,
@@ -36,32 +37,18 @@ def generate(
         list[str] | None, typer.Option(help="One of the texts to choose from; repeat it.")
     ] = None,
     grammar: Annotated[Path | None, typer.Option(help="File of an EBNF grammar.")] = None,
-    seed: session.Seed = 0,
-    num_speculative_tokens: session.Drafts = "auto",
-    dtype: session.Dtype = "auto",
-    device: session.Device = "auto",
-    deterministic: session.Deterministic = False,
-    revision: session.Revision = None,
-    offline: session.Offline = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object instead of text.")
     ] = False,
+    *,
+    load: session.Loader,
 ) -> None:
     """Continue a text, streaming. Without arguments: a sample of the model in the box."""
     if prompt == "-":
         prompt = _stdin()
     prompt = SAMPLE if prompt is None else prompt
     form = _form(json_schema, regex, choice, grammar)
-    llm = session.load(
-        model,
-        drafts=num_speculative_tokens,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        revision=revision,
-        offline=offline,
-        deterministic=deterministic,
-    )
+    llm = load(model)
     params = session.sampling(
         llm,
         max_tokens,

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,46 +35,87 @@ Penalty = Annotated[
 MaxThinking = Annotated[
     int | None, typer.Option(help="Most tokens within <think>; then the block is closed.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the sampling: the same seed, the same text.")]
-Drafts = Annotated[
-    str, typer.Option("--num-speculative-tokens", "-k", help="MTP drafts per step: 0..8 or auto.")
-]
-Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="The same bits in any company; CPU, slower.")
-]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32, float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Offline = Annotated[bool, typer.Option(help="Use only what is downloaded.")]
+
+_ENGINE: dict[str, tuple[Any, Any]] = {
+    "seed": (int, "Of the sampling: the same seed, the same text."),
+    "num_speculative_tokens": (str, "MTP drafts per step: 0..8 or auto."),
+    "dtype": (str, "auto, bfloat16, float32, float16."),
+    "device": (str, "auto, cpu, cuda."),
+    "max_model_len": (int | None, "Most tokens of prompt and output; default: what fits."),
+    "max_num_seqs": (int | None, "Sequences at the same time; default: by memory."),
+    "max_num_batched_tokens": (int | None, "Rows of a step; default: by device."),
+    "block_size": (int, "Tokens of a KV block."),
+    "enable_prefix_caching": (bool, "Go on from what earlier prompts computed."),
+    "kv_cache_dtype": (str, "auto, bfloat16, float16, float32, fp8."),
+    "disk_cache": (Path | None, "Folder for cached prefixes, used again by later runs."),
+    "enforce_eager": (bool, "No CUDA graphs."),
+    "deterministic": (bool, "The same bits in any company; CPU, slower."),
+    "revision": (str | None, "Branch, tag or commit of a hub id."),
+    "offline": (bool, "Use only what is downloaded."),
+}
+"""Options of ``LLM`` that every verb takes; the defaults are those of ``LLM`` itself."""
+
+_SHORT = {"num_speculative_tokens": ("--num-speculative-tokens", "-k")}
+_DEFAULTS = {"num_speculative_tokens": "auto"}
 
 
-def load(
-    model: str | None,
-    *,
-    drafts: str,
-    dtype: str,
-    device: str,
-    seed: int,
-    revision: str | None,
-    offline: bool,
-    deterministic: bool = False,
-) -> LLM:
-    """The model, announced on stderr with its size and the time it took."""
-    started = time.perf_counter()
-    from qnext.engine.llm import LLM
+def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the engine's options; it receives a ``Loader`` as ``load``."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for name, p in signature.parameters.items() if name != "load"]
+    defaults = _llm_defaults()
+    shared = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name, defaults[name]),
+            annotation=Annotated[kind, typer.Option(*_SHORT.get(name, ()), help=text)],
+        )
+        for name, (kind, text) in _ENGINE.items()
+    ]  # fmt: skip
 
-    llm = LLM(
-        model,
-        dtype=dtype,
-        device=device,
-        num_speculative_tokens=int(drafts) if drafts.isascii() and drafts.isdigit() else drafts,
-        seed=seed,
-        revision=revision,
-        offline=offline,
-        deterministic=deterministic,
-    )
-    typer.echo(f"[{describe(llm)}; ready in {time.perf_counter() - started:.1f} s]", err=True)
-    return llm
+    @wraps(command)
+    def run(*args: Any, **given: Any) -> None:
+        with closing(Loader({name: given.pop(name) for name in _ENGINE})) as load:
+            command(*args, **given, load=load)
+
+    every = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *shared]
+    run.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in every}
+    return run
+
+
+def _llm_defaults() -> dict[str, Any]:
+    """Defaults of ``LLM.__init__`` read from its source: ``--help`` must not import torch."""
+    path = Path(__file__).parents[1] / "engine/llm.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            return {arg.arg: ast.literal_eval(value) for arg, value in pairs if value is not None}
+    raise AssertionError("LLM has no __init__")
+
+
+class Loader:
+    """Loads a verb's model with the options given, and closes it when the verb ends."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options, self._stack = options, ExitStack()
+
+    def __call__(self, model: str | None) -> LLM:
+        """The model, announced on stderr with its size and the time it took."""
+        started = time.perf_counter()
+        from qnext.engine.llm import LLM
+
+        drafts = self._options["num_speculative_tokens"]
+        if drafts.isascii() and drafts.isdigit():
+            drafts = int(drafts)
+        llm = LLM(model, **{**self._options, "num_speculative_tokens": drafts})
+        self._stack.callback(llm.close)
+        seconds = time.perf_counter() - started
+        typer.echo(f"[{describe(llm)}; ready in {seconds:.1f} s]", err=True)
+        return llm
+
+    def close(self) -> None:
+        """Close what was loaded."""
+        self._stack.close()
 
 
 def describe(llm: LLM) -> str:
@@ -124,6 +171,7 @@ class Pace:
         self._stats, self._started = llm.stats, time.perf_counter()
         s = self._stats
         self._prompt, self._generated = s.num_prompt_tokens, s.num_generated_tokens
+        self._cached = s.num_cached_tokens
         self._seconds, self._first = s.decode_seconds, s.prefill_seconds
         self._drafted, self._accepted = list(s.num_drafted), list(s.num_accepted)
 
@@ -136,6 +184,7 @@ class Pace:
         accepted = _less(s.num_accepted, self._accepted)
         return {
             "prompt_tokens": s.num_prompt_tokens - self._prompt,
+            "cached_tokens": s.num_cached_tokens - self._cached,
             "generated_tokens": generated,
             "prefill_seconds": s.prefill_seconds - self._first,
             "decode_seconds": seconds,

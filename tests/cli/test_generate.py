@@ -130,3 +130,24 @@ def test_a_reader_that_leaves_ends_the_generation(repository: Path):
     assert process.returncode == 1
     assert b"Traceback" not in err
     assert b"Exception ignored" not in err
+
+
+def test_a_disk_cache_serves_the_next_process(qnext, tmp_path):
+    prompt = "The kernel keeps a list of all processes that wait. " * 12
+    options = ("--max-tokens", 4, "--temperature", 0, "--disk-cache", tmp_path, "--json")
+    first, second = (qnext("generate", prompt, *options) for _ in range(2))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    facts = [json.loads(done.out) for done in (first, second)]
+    assert facts[0]["token_ids"] == facts[1]["token_ids"]
+    assert facts[0]["stats"]["cached_tokens"] == 0
+    assert facts[1]["stats"]["cached_tokens"] > 0
+    assert list(tmp_path.iterdir())
+
+
+def test_engine_options_reach_the_engine_and_are_checked(qnext):
+    done = qnext("generate", "The", "--max-model-len", 12, "--max-tokens", 100, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["finish_reason"] == "length"
+    done = qnext("generate", "The", "--kv-cache-dtype", "int3")
+    assert done.code == 2
+    assert "kv_cache_dtype='int3' is not known" in done.err
