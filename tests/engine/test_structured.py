@@ -144,10 +144,10 @@ def spoiled(sequence: Sequence, drafts: list[int]) -> list[int]:
 
 def test_no_draft_breaks_the_grammar(wide_model: CausalLM, add: Callable[..., Request]) -> None:
     engine = engine_of(wide_model, num_speculative_tokens=4, draft_override=spoiled_never)
-    for n, form in enumerate(forms(8, 5)):
+    for n, form in enumerate(forms(16, 5)):
         add(engine, PROMPT, SamplingParams(seed=n, max_tokens=200, structured_outputs=form))
     drain(engine)
-    assert sum(engine.stats.num_drafted) > 100
+    assert sum(engine.stats.num_drafted) > 50
 
 
 def spoiled_never(sequence: Sequence, drafts: list[int]) -> list[int]:
