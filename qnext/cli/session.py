@@ -36,6 +36,11 @@ MaxThinking = Annotated[
     int | None, typer.Option(help="Most tokens within <think>; then the block is closed.")
 ]
 
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32, float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Offline = Annotated[bool, typer.Option(help="Use only what is downloaded.")]
+
 _ENGINE: dict[str, tuple[Any, Any]] = {
     "seed": (int, "Of the sampling: the same seed, the same text."),
     "num_speculative_tokens": (str, "MTP drafts per step: 0..8 or auto."),
@@ -86,11 +91,14 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
 def _llm_defaults() -> dict[str, Any]:
     """Defaults of ``LLM.__init__`` read from its source: ``--help`` must not import torch."""
     path = Path(__file__).parents[1] / "engine/llm.py"
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-            return {arg.arg: ast.literal_eval(value) for arg, value in pairs if value is not None}
-    raise AssertionError("LLM has no __init__")
+    functions = (
+        node.args
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    arguments = next(functions)
+    pairs = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return {arg.arg: ast.literal_eval(value) for arg, value in pairs if value is not None}
 
 
 class Loader:

@@ -225,7 +225,7 @@ class Engine:
         stats.num_swapped = self.scheduler.num_swapped
         interval = self.options.check_interval
         if interval and stats.num_steps % interval == 0:
-            self.cache.check()
+            self.cache.check(full=self.options.full_checks)
 
     def _leave(self) -> None:
         """Take finished sequences out; what they computed stays in the cache."""

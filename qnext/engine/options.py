@@ -39,7 +39,8 @@ class EngineOptions:
         disk_cache: folder where they go after that; it survives the process.
         disk_cache_bytes: most bytes there.
         weights_id: names the weights, for caches that outlive a process.
-        check_interval: steps between full checks of the cache's books; 0 for never.
+        check_interval: steps between checks of the cache's books (0.25 ms); 0 for never.
+        full_checks: check everything, in time that grows with the cache: for tests.
     """
 
     vocab_size: int
@@ -63,4 +64,5 @@ class EngineOptions:
     disk_cache: Path | None = None
     disk_cache_bytes: int = 16 << 30
     weights_id: bytes = b""
-    check_interval: int = 0
+    check_interval: int = 1024
+    full_checks: bool = False

@@ -232,7 +232,8 @@ class Scheduler:
         else:
             most = 0 if sequence.request.needs_every_row else len(tokens)
             salt = sequence.request.salt
-            cached = cache.begin(sequence.seq_id, tokens, salt=salt, max_cached=most)
+            room = len(tokens) + self._ahead
+            cached = cache.begin(sequence.seq_id, tokens, salt=salt, max_cached=most, room=room)
             if cached is None:
                 return False
             sequence.num_computed = cached

@@ -227,7 +227,7 @@ def assert_close(found: Any, want: Any) -> None:
 def run(subject: Subject, names: Iterable[str], seed: int) -> None:
     """A random schedule under the features: requests come and go while others run."""
     plan, rng = plan_of(names), random.Random(seed)
-    engine = subject.engine(**{"check_interval": 3, **plan.options})
+    engine = subject.engine(**{"check_interval": 3, "full_checks": True, **plan.options})
     todo = subject.requests(rng)
     rush = 0.9 if "num_blocks" in plan.options else 0.4
     running: list[tuple[Request, list[int], SamplingParams]] = []
