@@ -222,10 +222,10 @@ class AsyncLLM:
             except Exception as error:
                 failures += 1
                 log.exception("an engine step failed")
-                self._fail_all(error)
                 if failures >= _FAILURES:
                     self._failure = error
                     break
+                self._fail_all(error)
             self._publish()
         self._fail_all(self._failure or EngineError("the engine was shut down"))
 
