@@ -9,7 +9,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
-from qnext.kernels.attention import triton_decode
+from qnext.errors import KernelError
+from qnext.kernels.attention import decode_attention, reference, triton_decode
 
 HEADS, KV, D, ROT = 4, 2, 32, 8
 
@@ -43,43 +44,78 @@ def formula(qkv, q_norm, k_norm, rotary, keys, values, past):
     return out.reshape(r, -1), keys, values
 
 
+@pytest.mark.parametrize("where", ["reference", "triton"])
 @pytest.mark.parametrize(
-    ("new", "context", "splits"), [(1, [37, 0], 4), (3, [15, 60], 2), (9, [31, 5], 8)]
+    ("new", "context", "splits", "size"),
+    [(1, [37, 0], 4, 16), (3, [15, 60], 2, 8), (9, [31, 5], 8, 32), (2, [33, 64], 4, 64)],
 )
-def test_equals_the_formula_and_writes_the_cache(new, context, splits):
+def test_equals_the_formula_and_writes_the_cache(where, new, context, splits, size):
     torch.manual_seed(new)
-    n, rows = len(context), len(context) * new
+    n, rows, width = len(context), len(context) * new, 96 // size + 1
     qkv = torch.randn(rows, HEADS * 2 * D + 2 * KV * D)
     q_norm, k_norm = torch.randn(2, D) * 0.1
     position = (torch.tensor(context)[:, None] + torch.arange(new)).reshape(-1, 1)
     angle = position * 1e4 ** (-torch.arange(ROT // 2) / (ROT / 2))
     rotary = torch.cat([angle.cos(), angle.sin()], 1)
-    k_cache, v_cache = torch.randn(2, 3, KV, 96, D)
-    old_k, old_v, slots = k_cache.clone(), v_cache.clone(), [2, 0]
-    buffers = triton_decode.workspace(n, new, HEADS, KV, D, splits, "cpu")
-    for buffer in buffers:
-        buffer.fill_(float("nan"))
-    out = torch.full((rows, HEADS * D), float("nan"))
-    triton_decode.decode_attention(
-        qkv, q_norm, k_norm, rotary, k_cache, v_cache, torch.tensor(slots, dtype=torch.int32),
-        torch.tensor(context, dtype=torch.int32), heads=HEADS, splits=splits, out=out,
-        buffers=buffers, block=16,
-    )  # fmt: skip
-    for i, (slot, past) in enumerate(zip(slots, context, strict=True)):
+    blocks = n * width + 3
+    k_cache, v_cache = torch.randn(2, blocks, size, KV, D)
+    tables = torch.randperm(blocks)[: n * width].view(n, width).to(torch.int32)
+    old_k, old_v = k_cache.clone(), v_cache.clone()
+    args = (qkv, q_norm, k_norm, rotary, k_cache, v_cache, tables)
+    lens = torch.tensor(context, dtype=torch.int32)
+    if where == "reference":
+        out = reference.decode_attention(*args, lens, heads=HEADS)
+    else:
+        buffers = triton_decode.workspace(n, new, HEADS, KV, D, splits, "cpu")
+        for buffer in buffers:
+            buffer.fill_(float("nan"))
+        out = torch.full((rows, HEADS * D), float("nan"))
+        triton_decode.decode_attention(
+            *args, lens, heads=HEADS, splits=splits, out=out, buffers=buffers, block=16
+        )
+    kept = torch.ones(blocks, size, dtype=torch.bool)
+    for i, past in enumerate(context):
+        at = torch.arange(past + new)
+        cells = (tables[i].long()[at // size], at % size)
+        kept[cells[0][past:], cells[1][past:]] = False
         part = slice(i * new, (i + 1) * new)
-        want, keys, values = formula(
-            qkv[part], q_norm, k_norm, rotary[part], old_k[slot, :, :past],
-            old_v[slot, :, :past], past,
-        )  # fmt: skip
+        olds = (c[cells[0][:past], cells[1][:past]].transpose(0, 1) for c in (old_k, old_v))
+        want, keys, values = formula(qkv[part], q_norm, k_norm, rotary[part], *olds, past)
         torch.testing.assert_close(out[part], want, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(k_cache[slot, :, : past + new], keys, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(v_cache[slot, :, : past + new], values)
-        assert torch.equal(k_cache[slot, :, past + new :], old_k[slot, :, past + new :])
-    assert torch.equal(k_cache[1], old_k[1])
+        torch.testing.assert_close(k_cache[cells].transpose(0, 1), keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(v_cache[cells].transpose(0, 1), values)
+    assert torch.equal(k_cache[kept], old_k[kept])
+    assert torch.equal(v_cache[kept], old_v[kept])
+
+
+def test_quantised_output_is_the_same_output():
+    torch.manual_seed(0)
+    heads, kv, d = 2, 1, 128
+    qkv = torch.randn(2, heads * 2 * d + 2 * kv * d)
+    caches, tables = torch.randn(2, 4, 16, kv, d), torch.tensor([[3, 1], [0, 2]]).int()
+    args = (qkv, *torch.randn(2, d) * 0.1, torch.rand(2, 8), *caches, tables, torch.tensor([9, 20]))
+    plain = triton_decode.decode_attention(*args, heads=heads, splits=2, block=16)
+    small = torch.empty(2, heads * d, dtype=torch.float8_e4m3fn)
+    scale = torch.full((2, heads), float("nan"))
+    triton_decode.decode_attention(
+        *args, heads=heads, splits=2, block=16, out=small, out_scale=scale
+    )
+    wide = small.float().view(2, heads, d) * scale[..., None]
+    near = (wide.flatten(1) - plain).abs() < plain.abs() / 16 + 1e-3
+    assert near.float().mean() > 0.95
+    assert torch.allclose(scale, plain.view(2, heads, d).abs().amax(-1) / 448, rtol=1e-3)
+
+
+def test_ragged_rows_are_named():
+    with pytest.raises(KernelError) as caught:
+        decode_attention(
+            torch.zeros(3, 8), *[torch.zeros(1)] * 5, torch.zeros(2, 1), torch.zeros(2), heads=1
+        )
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("sequences", "context", "splits"), [(1, 1024, 32), (1, 262144, 64), (8, 1024, 8), (256, 64, 1)]
+    ("sequences", "context", "splits"), [(1, 1024, 16), (1, 262144, 128), (8, 1024, 16), (256, 64, 1)]
 )
 def test_splits(sequences, context, splits):
     assert triton_decode.splits_for(sequences, 2, context) == splits

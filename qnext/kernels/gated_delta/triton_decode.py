@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qnext.errors import KernelError
 from qnext.kernels.linear.triton import prefetch_l2
+from qnext.kernels.norm.triton_quantise import quantise
 
 
 @triton.jit
@@ -35,8 +37,9 @@ def _silu(x):
 @triton.jit
 def _decode_head(
     qkv, z, b, a, ring, conv_weight, A_log, dt_bias, norm_weight, state, slots, positions, out,
-    s_qkv, s_z, s_b, s_a, eps,
-    HK: tl.constexpr, RATIO: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PDL: tl.constexpr,
+    scale, s_qkv, s_z, s_b, s_a, s_part, eps,
+    HK: tl.constexpr, RATIO: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    PARTS: tl.constexpr, QUANTISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -52,7 +55,9 @@ def _decode_head(
     if slot < 0:
         if PDL:
             gdc_wait()
-        tl.store(out + (n * HV + h) * DV + e, tl.zeros([DV], out.dtype.element_ty))
+        tl.store(out + (n * HV + h) * DV + e, tl.zeros([DV], tl.float32).to(out.dtype.element_ty))
+        if QUANTISE:
+            tl.store(scale + n * HV + h, 1.0)
         return
     state += (slot * HV + h) * (DK * DV)
     ring += slot * (C * 4)
@@ -78,8 +83,13 @@ def _decode_head(
     nk = tl.load(qkv + n * s_qkv + ck)
     nv = tl.load(qkv + n * s_qkv + cv)
     gate = tl.load(z + n * s_z + h * DV + e).to(tl.float32)
-    beta = tl.sigmoid(tl.load(b + n * s_b + h).to(tl.float32))
-    dt = tl.load(a + n * s_a + h).to(tl.float32) + shift
+    open_ = tl.load(b + n * s_b + h).to(tl.float32)
+    dt = tl.load(a + n * s_a + h).to(tl.float32)
+    for p in tl.static_range(1, PARTS):
+        open_ += tl.load(b + p * s_part + n * s_b + h)
+        dt += tl.load(a + p * s_part + n * s_a + h)
+    beta = tl.sigmoid(open_)
+    dt += shift
     # loaded last: Triton gives the products the layout of the last load
     where = state + d[:, None] * DV + e[None, :]
     S = tl.load(where).to(tl.float32)
@@ -98,13 +108,183 @@ def _decode_head(
     o = read + tl.sum(q * k, 0) * delta
     S = S * decay + k[:, None] * delta[None, :]
     o *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * w * _silu(gate)
-    tl.store(out + (n * HV + h) * DV + e, o.to(out.dtype.element_ty))
+    if QUANTISE:  # a head is one group
+        o, group = quantise(o, 0)
+        tl.store(scale + n * HV + h, group)
+        tl.store(out + (n * HV + h) * DV + e, o)
+    else:
+        tl.store(out + (n * HV + h) * DV + e, o.to(out.dtype.element_ty))
     tl.store(where, S.to(state.dtype.element_ty))
     column = position % 4
     writes = (d * 0 + h) % RATIO == 0
     tl.store(ring + cq * 4 + column, nq.to(ring.dtype.element_ty), mask=writes)
     tl.store(ring + ck * 4 + column, nk.to(ring.dtype.element_ty), mask=writes)
     tl.store(ring + cv * 4 + column, nv.to(ring.dtype.element_ty))
+
+
+@triton.jit
+def _conv(
+    qkv, ring, conv_weight, channel, position, s_qkv, R: tl.constexpr, RING: tl.constexpr
+):  # fmt: skip
+    """Convolution of new row R of a sequence: its taps lie in the new rows or in the ring."""
+    acc = tl.load(qkv + R * s_qkv + channel).to(tl.float32)
+    acc *= tl.load(conv_weight + channel * 4 + 3).to(tl.float32)
+    for age in tl.static_range(1, 4):
+        if R >= age:
+            x = tl.load(qkv + (R - age) * s_qkv + channel)
+        else:
+            x = tl.load(ring + channel * RING + (position + R + RING - age) % RING)
+        acc += x.to(tl.float32) * tl.load(conv_weight + channel * 4 + 3 - age).to(tl.float32)
+    return _silu(acc)
+
+
+@triton.jit
+def _verify_head(
+    qkv, z, b, a, ring, conv_weight, A_log, dt_bias, norm_weight, state, slots, positions,
+    accepted, kept, kept_gates, out, scale, s_qkv, s_z, s_b, s_a, s_part, eps,
+    HK: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RING: tl.constexpr,
+    PARTS: tl.constexpr, QUANTISE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Replay the accepted rows of the step before, store that state, then run R new rows on it."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    h = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    HV: tl.constexpr = HK * RATIO
+    C: tl.constexpr = (2 * HK + HV) * D
+    hk = h // RATIO
+    d = tl.arange(0, D)
+    slot = tl.load(slots + n).to(tl.int64)
+    position = tl.load(positions + n)
+    again = tl.load(accepted + n)
+    row0 = n * R
+    state += (slot * HV + h) * (D * D)
+    ring += slot * (C * RING)
+    kept += (slot * HV + h) * (R * 2 * D)
+    kept_gates += (slot * HV + h) * (R * 2)
+    where = state + d[:, None] * D + d[None, :]
+    S = tl.load(where).to(tl.float32)
+    for r in tl.static_range(R):
+        k = tl.load(kept + r * 2 * D + d)
+        v = tl.load(kept + (r * 2 + 1) * D + d)
+        decay = tl.where(r < again, tl.load(kept_gates + r * 2), 1.0)
+        beta = tl.where(r < again, tl.load(kept_gates + r * 2 + 1), 0.0)
+        delta = beta * (v - tl.sum(S * k[:, None], 0) * decay)
+        S = S * decay + k[:, None] * delta[None, :]
+    tl.store(where, S.to(state.dtype.element_ty))
+    tl.debug_barrier()  # every thread has read what is kept: it may be replaced
+    cq = hk * D + d
+    ck = HK * D + cq
+    cv = 2 * HK * D + h * D + d
+    rate = tl.exp(tl.load(A_log + h).to(tl.float32))
+    shift = tl.load(dt_bias + h).to(tl.float32)
+    w = tl.load(norm_weight + d).to(tl.float32)
+    qkv += row0 * s_qkv
+    for r in tl.static_range(R):
+        q = _conv(qkv, ring, conv_weight, cq, position, s_qkv, r, RING)
+        k = _conv(qkv, ring, conv_weight, ck, position, s_qkv, r, RING)
+        v = _conv(qkv, ring, conv_weight, cv, position, s_qkv, r, RING)
+        q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * (D**-0.5)
+        k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+        open_ = tl.load(b + (row0 + r) * s_b + h).to(tl.float32)
+        dt = tl.load(a + (row0 + r) * s_a + h).to(tl.float32)
+        for p in tl.static_range(1, PARTS):
+            open_ += tl.load(b + p * s_part + (row0 + r) * s_b + h)
+            dt += tl.load(a + p * s_part + (row0 + r) * s_a + h)
+        beta = tl.sigmoid(open_)
+        dt += shift
+        soft = tl.where(dt > 20.0, dt, tl.log(1.0 + tl.exp(tl.minimum(dt, 20.0))))
+        decay = tl.exp(-rate * soft)
+        tl.store(kept + r * 2 * D + d, k)
+        tl.store(kept + (r * 2 + 1) * D + d, v)
+        tl.store(kept_gates + r * 2, decay)
+        tl.store(kept_gates + r * 2 + 1, beta)
+        delta = beta * (v - tl.sum(S * k[:, None], 0) * decay)
+        o = tl.sum(S * q[:, None], 0) * decay + tl.sum(q * k, 0) * delta
+        if r < R - 1:
+            S = S * decay + k[:, None] * delta[None, :]
+        gate = tl.load(z + (row0 + r) * s_z + h * D + d).to(tl.float32)
+        o *= tl.rsqrt(tl.sum(o * o, 0) / D + eps) * w * _silu(gate)
+        at = (row0 + r) * HV + h
+        if QUANTISE:
+            o, group = quantise(o, 0)
+            tl.store(scale + at, group)
+            tl.store(out + at * D + d, o)
+        else:
+            tl.store(out + at * D + d, o.to(out.dtype.element_ty))
+    writes = (d * 0 + h) % RATIO == 0
+    for r in tl.static_range(R):
+        column = (position + r) % RING
+        for_q = tl.load(qkv + r * s_qkv + cq).to(ring.dtype.element_ty)
+        for_k = tl.load(qkv + r * s_qkv + ck).to(ring.dtype.element_ty)
+        for_v = tl.load(qkv + r * s_qkv + cv).to(ring.dtype.element_ty)
+        tl.store(ring + cq * RING + column, for_q, mask=writes)
+        tl.store(ring + ck * RING + column, for_k, mask=writes)
+        tl.store(ring + cv * RING + column, for_v)
+
+
+def verify_buffers(slots: int, heads: int, dim: int, rows: int, device) -> tuple[Tensor, Tensor]:
+    """What ``fused_verify_ring`` keeps of a step: k and v, and decay and beta of its rows."""
+    shape = (slots, heads, rows, 2)
+    return torch.zeros(*shape, dim, device=device), torch.zeros(*shape, device=device)
+
+
+def fused_verify_ring(
+    mixed_qkv: Tensor,
+    z: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv_ring: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    recurrent_state: Tensor,
+    slot_ids: Tensor,
+    positions: Tensor,
+    accepted: Tensor,
+    kept: tuple[Tensor, Tensor],
+    eps: float,
+    *,
+    out: Tensor | None = None,
+    scale: Tensor | None = None,
+    warps: int = 4,
+    pdl: bool = False,
+) -> Tensor:
+    """R rows of each sequence of which later only the first ones may turn out to be accepted.
+
+    The state is read once and written once: what is written is the state after the accepted rows
+    of the step before, replayed from ``kept``; the new rows are kept for the next step in turn.
+    The ring needs no replay: a column is overwritten when its position comes again.
+
+    Args:
+        mixed_qkv, z, b, a, conv_weight, A_log, dt_bias, norm_weight, recurrent_state, slot_ids,
+            eps, out, scale, warps, pdl: as in ``fused_decode_ring`` with N*R rows; dk = dv.
+        conv_ring: (slots, C, ring) with ring >= R + 3; position p is in column p % ring.
+        positions: (N,) int32 position of each sequence's first new row.
+        accepted: (N,) int32 how many rows of the step before count (0 for none before).
+        kept: from ``verify_buffers``.
+    """
+    heads, d = recurrent_state.shape[1:3]
+    key_heads = (conv_weight.shape[0] - heads * d) // (2 * d)
+    n, ring = len(slot_ids), conv_ring.shape[-1]
+    rows = len(z) // n
+    if ring < rows + 3:
+        raise KernelError(
+            f"a ring of {ring} columns for {rows} new rows",
+            hint="the convolution's ring needs the new rows and the three before them",
+        )
+    out = mixed_qkv.new_empty(len(z), heads * d) if out is None else out
+    _verify_head[(heads, n)](
+        mixed_qkv, z, b, a, conv_ring, conv_weight, A_log, dt_bias, norm_weight, recurrent_state,
+        slot_ids, positions, accepted, *kept, out, out if scale is None else scale,
+        mixed_qkv.stride(0), z.stride(0), b.stride(-2), a.stride(-2), b.stride(0), eps,
+        HK=key_heads, RATIO=heads // key_heads, D=d, R=rows, RING=ring,
+        PARTS=b.shape[0] if b.ndim == 3 else 1, QUANTISE=scale is not None, PDL=pdl,
+        num_warps=warps, launch_pdl=pdl,
+    )  # fmt: skip
+    return out
 
 
 def ring_of(conv_state: Tensor, positions: Tensor) -> Tensor:
@@ -130,13 +310,15 @@ def fused_decode_ring(
     eps: float,
     *,
     out: Tensor | None = None,
+    scale: Tensor | None = None,
     warps: int = 4,
     pdl: bool = False,
 ) -> Tensor:
     """``triton_recurrent.fused_decode`` with the window of the convolution in a ring.
 
     Args:
-        mixed_qkv, z, b, a: projections, (N, C), (N, Hv * dv), (N, Hv), (N, Hv), rows strided.
+        mixed_qkv, z: projections, (N, C), (N, Hv * dv), rows strided.
+        b, a: (N, Hv), rows strided; or (P, N, Hv) fp32 terms to add up.
         conv_ring: (slots, C, 4) last inputs of the convolution; that of position p is in column
             p % 4 (``ring_of``).
         conv_weight, A_log, dt_bias, norm_weight: as there.
@@ -146,6 +328,7 @@ def fused_decode_ring(
             the kernel before has finished: a captured step may change them only at its end.
         eps: of the gated norm.
         out: (N, Hv * dv), else new.
+        scale: (N, Hv) fp32; with it ``out`` is e4m3, quantised by heads of 128 channels.
         warps: launch choice; with more threads than columns Triton would load each column in
             every thread that uses it.
         pdl: launch with programmatic stream serialization.
@@ -155,8 +338,9 @@ def fused_decode_ring(
     out = mixed_qkv.new_empty(len(z), heads * dv) if out is None else out
     _decode_head[(heads, len(z))](
         mixed_qkv, z, b, a, conv_ring, conv_weight, A_log, dt_bias, norm_weight, recurrent_state,
-        slot_ids, positions, out, mixed_qkv.stride(0), z.stride(0), b.stride(0), a.stride(0), eps,
-        HK=key_heads, RATIO=heads // key_heads, DK=dk, DV=dv, PDL=pdl, num_warps=warps,
-        launch_pdl=pdl,
+        slot_ids, positions, out, out if scale is None else scale, mixed_qkv.stride(0),
+        z.stride(0), b.stride(-2), a.stride(-2), b.stride(0), eps, HK=key_heads,
+        RATIO=heads // key_heads, DK=dk, DV=dv, PARTS=b.shape[0] if b.ndim == 3 else 1,
+        QUANTISE=scale is not None, PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
