@@ -115,7 +115,8 @@ def test_ragged_rows_are_named():
 
 
 @pytest.mark.parametrize(
-    ("sequences", "context", "splits"), [(1, 1024, 16), (1, 262144, 128), (8, 1024, 16), (256, 64, 1)]
+    ("sequences", "context", "splits"),
+    [(1, 1024, 16), (1, 262144, 128), (8, 1024, 16), (256, 64, 1)],
 )
 def test_splits(sequences, context, splits):
     assert triton_decode.splits_for(sequences, 2, context) == splits

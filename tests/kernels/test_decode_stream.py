@@ -9,8 +9,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
-from qnext.kernels.experts import triton_route
 from qnext.errors import KernelError
+from qnext.kernels.experts import triton_route
 from qnext.kernels.gated_delta.triton_decode import (
     fused_decode_ring,
     fused_verify_ring,
@@ -93,9 +93,7 @@ def test_fused_decode_takes_terms_of_the_gates_and_quantises():
     )
     q = torch.empty(n, hv * d, dtype=FP8)
     scale = torch.full((n, hv), float("nan"))
-    fused_decode_ring(
-        qkv, z, b, a, ring, taps, *rest, state, slots, lens, 1e-6, out=q, scale=scale
-    )
+    fused_decode_ring(qkv, z, b, a, ring, taps, *rest, state, slots, lens, 1e-6, out=q, scale=scale)
     assert ((wide(q, scale) - plain).abs() < plain.abs() / 16 + 1e-3).float().mean() > 0.95
     torch.testing.assert_close(scale, plain.view(n, hv, d).abs().amax(-1) / 448)
 

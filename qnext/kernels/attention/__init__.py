@@ -100,9 +100,11 @@ def decode_attention(
     Args:
         qkv: (N*R, heads*2*D + 2*Hkv*D) as the projections give it: per head query and gate, then
             keys, then values; R new tokens of each of N sequences, 1 <= R <= 9.
-        q_norm, k_norm: (D,) zero-centred norm weights.
+        q_norm: (D,) zero-centred norm weight.
+        k_norm: (D,) zero-centred norm weight.
         rotary: (N*R, rotary_dim) fp32, cosines and then sines of each new token's position.
-        k_cache, v_cache: (num_blocks, block_size, Hkv, D), written in place.
+        k_cache: (num_blocks, block_size, Hkv, D), written in place.
+        v_cache: (num_blocks, block_size, Hkv, D), written in place.
         block_tables: (N, B) int32; token p of sequence n lies in block ``block_tables[n, p //
             block_size]`` at row ``p % block_size``. Must cover the new tokens.
         context_lens: (N,) int32 tokens of each sequence in the cache before this call.

@@ -61,9 +61,11 @@ def _gate_up(
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, TILE, 32]
     )
-    load_l: gl.constexpr = gl.BlockedLayout([1, TILE], [2, 16], [WARPS, 1], [1, 0]) if (
-        TILE == 8
-    ) else gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    load_l: gl.constexpr = (
+        gl.BlockedLayout([1, TILE], [2, 16], [WARPS, 1], [1, 0])
+        if (TILE == 8)
+        else gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    )
     flat: gl.constexpr = gl.BlockedLayout([2, 1], [32, 1], [1, WARPS], [0, 1])
     x_kind: gl.constexpr = gl.NVMMASharedLayout(128, 8)
     ring = gl.allocate_shared_memory(gl.float8e4nv, [2 * S, 64, 128], w_desc.layout)
@@ -91,9 +93,7 @@ def _gate_up(
         routed = expert < E
         following = unit + step
         more = following < units
-        expert2, start2, rows2, block2 = _unit(
-            tasks, counts, following, units, T, E, TILE, BLOCKS
-        )
+        expert2, start2, rows2, block2 = _unit(tasks, counts, following, units, T, E, TILE, BLOCKS)
         row2 = gl.where(expert2 < E, expert2 * (2 * F), 0) + block2 * 64
         # tokens of the task, three times, in the layouts of their uses
         i0 = gl.arange(0, TILE, gl.SliceLayout(1, load_l))
@@ -203,9 +203,7 @@ def _down(
         routed = expert < E
         following = unit + step
         more = following < units
-        expert2, start2, rows2, block2 = _unit(
-            tasks, counts, following, units, T, E, TILE, BLOCKS
-        )
+        expert2, start2, rows2, block2 = _unit(tasks, counts, following, units, T, E, TILE, BLOCKS)
         row2 = gl.where(expert2 < E, expert2 * H, 0) + block2 * (BM * CHUNK)
         i0 = gl.arange(0, TILE, gl.SliceLayout(1, load_l))
         choice0 = gl.load(lists + expert * cap + start + i0, mask=(i0 < rows) & routed, other=0)
@@ -215,7 +213,7 @@ def _down(
         live = gl.expand_dims(i0 < rows, 1) & (gl.expand_dims(k0, 0) < F)
         values = ()
         for group in gl.static_range(NK):  # all on their way before the first is used
-            values = values + (gl.load(at + group * 128, mask=live, other=0.0),)
+            values = values + (gl.load(at + group * 128, mask=live, other=0.0),)  # noqa: RUF005
         for group in gl.static_range(NK):
             value = values[group].to(gl.float32)
             largest = gl.max(gl.abs(value), axis=1)

@@ -64,10 +64,11 @@ def _route(
     tl.store(weights + t * TOP + which, weight / total, mask=live)
     tl.store(gates + t, tl.sigmoid(gate))
     place = tl.atomic_add(counts + chosen, 1, mask=live, sem="relaxed")
+    live &= place < cap  # counters that nobody cleared must not lead outside the lists
     tl.store(lists + chosen * cap + place, t * TOP + which, mask=live)
     opens = live & (place % TILE == 0)
     task = tl.atomic_add(counts + E + which * 0, 1, mask=opens, sem="relaxed")
-    tl.store(tasks + task, chosen | (place << 16), mask=opens)
+    tl.store(tasks + task, chosen | (place << 16), mask=opens & (task < T * TOP))
 
 
 def buffers(tokens: int, top_k: int, experts: int, tile: int, device) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def _conv(
     acc = tl.load(qkv + R * s_qkv + channel).to(tl.float32)
     acc *= tl.load(conv_weight + channel * 4 + 3).to(tl.float32)
     for age in tl.static_range(1, 4):
-        if R >= age:
+        if age <= R:
             x = tl.load(qkv + (R - age) * s_qkv + channel)
         else:
             x = tl.load(ring + channel * RING + (position + R + RING - age) % RING)

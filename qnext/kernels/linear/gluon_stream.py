@@ -41,8 +41,11 @@ def _stream(
     dtype: gl.constexpr = w_desc.dtype
     ring: gl.constexpr = S if S < NK else NK
     size: gl.constexpr = w_desc.block_type.nbytes + x_desc.block_type.nbytes
+    ALONG: gl.constexpr = 4 if BM == 64 else WARPS
     mma: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, TP, 32 if FP8 else 16]
+        version=[3, 0],
+        warps_per_cta=[ALONG, WARPS // ALONG],
+        instr_shape=[16, TP * ALONG // WARPS, 32 if FP8 else 16],
     )
     w_ring = gl.allocate_shared_memory(dtype, [ring, BM, BK], w_desc.layout)
     x_ring = gl.allocate_shared_memory(dtype, [ring, TP, BK], x_desc.layout)
@@ -111,7 +114,7 @@ def _linear_stream(
     if TAIL > 0:
         if pid < TAIL:
             _stream(tail_desc, wide_desc, scale, x_scale, tail, 0, pid, token0, T, N2, N2, K,
-                    64, TP, K // 64 // TAIL, S, False, PDL, 4)  # fmt: skip
+                    64, TP, K // 64 // TAIL, S, False, PDL, WARPS)  # fmt: skip
         else:
             pid -= TAIL
             _stream(w_desc, x_desc, scale, x_scale, y, pid // SPLIT, pid % SPLIT, token0, T, N,
@@ -127,13 +130,6 @@ def tiles(x: Tensor, rows: int) -> TensorDescriptor:
     kind = gl.float8e4nv if x.dtype == torch.float8_e4m3fn else gl.bfloat16
     layout = gl.NVMMASharedLayout.get_default_for([rows, width], kind)
     return TensorDescriptor.from_tensor(x, [rows, width], layout)
-
-
-def default_config(n: int, k: int, tokens: int) -> tuple[int, int, int]:
-    """(weight rows per program, parts of K, tiles in flight) for one weight shape."""
-    if n >= 8192:
-        return (64, 2, 8) if tokens <= 16 else (128, 1, 6)
-    return (64, 8, 4) if n >= 1024 else (64, 4, 8)
 
 
 def token_tile(tokens: int) -> int:
@@ -174,6 +170,7 @@ def stream_linear(
     fp8 = scale_inv is not None
     tp = token_tile(t)
     w_desc, x_desc = tiles(weight, rows), tiles(x, tp)
+    warps = 8 if rows == 128 and tp == 128 else 4
     parts, second = 0, (w_desc, x_desc, out, 0)
     if tail is not None:
         small, wide, tail_out = tail
@@ -181,7 +178,7 @@ def stream_linear(
         second = (tiles(small, 64), tiles(wide, tp), tail_out, small.shape[0])
     _linear_stream[(triton.cdiv(n, rows) * split + parts, triton.cdiv(t, tp))](
         w_desc, x_desc, scale_inv if fp8 else out, x_scale if fp8 else out, out, n, *second, t,
-        K=k, BM=rows, TP=tp, SPLIT=split, S=stages, FP8=fp8, TAIL=parts, PDL=pdl, WARPS=4,
-        num_warps=4, launch_pdl=pdl,
+        K=k, BM=rows, TP=tp, SPLIT=split, S=stages, FP8=fp8, TAIL=parts, PDL=pdl,
+        WARPS=warps, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
