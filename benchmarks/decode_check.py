@@ -118,6 +118,7 @@ def check(m: Model) -> dict[str, float]:
     streamed = m.t > 1 or m.config.get("way") == "stream"
     ways = {"": rounded, " > exact": plain} if streamed else {"": plain}
     x = torch.randn(m.t, 2048, device=m.device).to(DTYPE)
+    accepted, m.accepted = m.accepted, torch.zeros_like(m.accepted)
     for name, index in (("gdn", 0), ("attention", 3)):
         layer = m.layers[index]
         m.reset()
@@ -132,7 +133,7 @@ def check(m: Model) -> dict[str, float]:
         if streamed:
             m.stream_layer(layer, w, "none")
             left = w.h.clone()  # the mixer's share is in, the experts' still in parts
-            y = w.qkv if layer["full"] else w.qkvz
+            y = w.qkv if layer["full"] else w.qkvz.view(-1, *w.qkvz.shape[-2:]).float().sum(0)
             o = widen(w.mq, w.ms)
             logits = w.logits.sum(0)
         else:
@@ -156,6 +157,7 @@ def check(m: Model) -> dict[str, float]:
         else:
             block = experts(layer, before, logits, plain)
             errors[f"{name} moe"] = rel(w.h.float() - before.float(), block - before.float())
+    m.accepted = accepted
     m.reset()
     hidden = w.h.clone()
     if m.t <= 64:

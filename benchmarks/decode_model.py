@@ -170,7 +170,9 @@ class Work:
         self.t, self.rows = t, rows
         self.h, self.normed = new(t, H), new(t, H)
         self.xq, self.xs = new(t, H, dtype=FP8), new(t, H // 128, dtype=f32)
-        self.qkvz, self.qkv = new(t, QKVZ), new(t, QKV)
+        self.qkv = new(t, QKV)
+        split = config.get("in", (0, 0))[2:]  # parts of K, for few rows
+        self.qkvz = new(*split, t, QKVZ, dtype=f32) if split else new(t, QKVZ)
         self.qkvzba = new(t, QKVZ + 2 * HV)
         self.ba = new(config.get("ba", 4), t, 2 * HV, dtype=f32)
         self.mixed = new(t, MIXED)
@@ -194,7 +196,8 @@ class Model:
 
     def __init__(self, layers: int, device: str, mtp: bool = False) -> None:
         fill = Filler(device)
-        self.device, self.pdl, self.config = device, True, {}
+        self.device, self.pdl, self.heavy, self.config = device, True, True, {}
+        self.fp8_head = None
 
         def normal(*shape: int, std: float = 0.02) -> Tensor:
             return (torch.randn(shape, device=device) * std).to(DTYPE)
@@ -230,6 +233,21 @@ class Model:
             part.copy_(torch.randn(part.shape, device=device) * 0.02)
         self.final_norm = normal(H)
 
+    def quantise_head(self) -> dict[str, float]:
+        """Head to e4m3 with 128 x 128 scales; what that does to logits of random rows."""
+        q, scale = torch.empty_like(self.head, dtype=FP8), []
+        for part, to in zip(self.head.split(1 << 14), q.split(1 << 14), strict=True):
+            blocks = part.float().view(-1, 128, H // 128, 128)
+            s = blocks.abs().amax((1, 3), keepdim=True) / 448
+            to.copy_((blocks / s).view(part.shape))
+            scale.append(s[:, 0, :, 0])
+        self.fp8_head = (q, torch.cat(scale).contiguous())
+        x = torch.randn(256, H, device=self.device).to(DTYPE).float()
+        wide = q.float().view(-1, 128, H // 128, 128) * self.fp8_head[1][:, None, :, None]
+        a, b = x @ self.head.float().T, x @ wide.view(V, H).T
+        return {"head error": float((a - b).norm() / a.norm()),
+                "argmax agrees": float((a.argmax(1) == b.argmax(1)).float().mean())}  # fmt: skip
+
     def prepare(self, batch: int, context: int, rows: int = 1, state=torch.float32) -> None:
         """Caches of ``batch`` sequences with ``context`` tokens behind them, and buffers."""
         dev, i32 = self.device, torch.int32
@@ -239,6 +257,9 @@ class Model:
         blocks = batch * self.width
         self.tables = torch.randperm(blocks, device=dev).to(i32).view(batch, self.width)
         full = [x for x in self.layers if x["full"]] + ([self.mtp] if self.mtp else [])
+        for layer in self.layers:  # those of the run before go first
+            for name in ("k", "v", "state", "ring", "kept"):
+                layer.pop(name, None)
         for layer in full:
             shape = (blocks, BLOCK, KV_HEADS, HEAD_DIM)
             layer["k"] = torch.randn(shape, device=dev, dtype=DTYPE)
@@ -334,7 +355,7 @@ class Model:
     def stream_layer(self, layer: dict, w: Work, before: str) -> None:
         c, pdl = self.config, self.pdl
         self.seam(w, layer["norm1"], before)
-        rows, stages = c.get("in", (128 if w.t > 32 else 64, 6))
+        rows, stages, *split = c.get("in", (128 if w.t > 32 else 64, 6))
         options = {"rows": rows, "stages": stages, "pdl": pdl}
         if layer["full"]:
             Switch.FAMILY = "att_in"
@@ -344,7 +365,8 @@ class Model:
         else:
             Switch.FAMILY = "gdn_in"
             stream.stream_linear(w.xq, w.xs, *layer["in"], w.qkvz,
-                                 tail=(layer["ba"], w.normed, w.ba), **options)  # fmt: skip
+                                 tail=(layer["ba"], w.normed, w.ba),
+                                 split=split[0] if split else 1, **options)  # fmt: skip
             self.mix(layer, w, w.qkvz, w.ba[..., :HV], w.ba[..., HV:], w.mq, w.ms)
             Switch.FAMILY = "gdn_out"
         split, rows, stages = c.get("out", (8, 64, 4))
@@ -357,7 +379,7 @@ class Model:
                              stages=stages, pdl=pdl)  # fmt: skip
         routing.route(w.logits, w.route, top_k=TOP, pdl=pdl)
         stream_experts.experts(w.xq, w.xs, layer["experts"], layer["shared"], w.route, w.act, w.y,
-                               top_k=TOP, pdl=pdl, config=c.get("moe"))  # fmt: skip
+                               top_k=TOP, pdl=pdl and self.heavy, config=c.get("moe"))  # fmt: skip
 
     def attend(self, layer: dict, w: Work, out: Tensor, scale: Tensor | None) -> None:
         Switch.FAMILY = "att"
@@ -373,7 +395,8 @@ class Model:
         qkv, z = qkvz.split([CHANNELS, HV * DK], -1)
         args = (qkv, z, b, a, layer["ring"], layer["conv"], layer["a_log"], layer["dt_bias"],
                 layer["norm"], layer["state"], self.slots, self.lens)  # fmt: skip
-        options = {"out": out, "scale": scale, "pdl": self.pdl, **self.config.get("delta", {})}
+        options = {"out": out, "scale": scale, "pdl": self.pdl and self.heavy}
+        options |= self.config.get("delta", {})
         if w.rows == 1:
             delta.fused_decode_ring(*args, 1e-6, **options)
         else:
@@ -406,15 +429,17 @@ class Model:
         Switch.FAMILY = "head"
         out = self.all_logits[:t]
         if t <= 64:
+            head = self.fp8_head or (self.head, None)
+            fp8 = self.fp8_head is not None
             c = self.config.get("head")
             if c is None:
-                c = (linear.gemv_config(V, H, False) if t == 1
-                     else linear.skinny_config(V, H, False, t))  # fmt: skip
+                c = (linear.gemv_config(V, H, fp8) if t == 1
+                     else linear.skinny_config(V, H, fp8, t))  # fmt: skip
+            options = {"out": out, "best": self.best, "pdl": self.pdl, "config": c}
             if normed is None:
-                linear.linear(h, self.head, norm_weight=self.final_norm, out=out, best=self.best,
-                              normed=w.normed[:t], pdl=self.pdl, config=c)  # fmt: skip
+                linear.linear(h, *head, norm_weight=self.final_norm, normed=w.normed[:t], **options)
             else:
-                linear.linear(normed, self.head, out=out, best=self.best, pdl=self.pdl, config=c)
+                linear.linear(normed, *head, **options)
             return triton.cdiv(V, c[0])
         rows, stages = self.config.get("head_many", (128, 4))
         stream.stream_linear(normed, None, self.head, None, out, rows=rows, stages=stages,

@@ -98,23 +98,25 @@ def micro(device: str) -> dict[str, float]:
     return out
 
 
-# key of the configuration: (family that it moves, candidates)
-SWEEPS: dict[str, dict[str, tuple[str, list]]] = {
-    "one": {
-        "in1": ("gdn_in", [(8, 4, 4), (16, 2, 4)]),
-        "moe1": ("gate_up", [{}, {"KC": 4}, {"BN": 16, "KC": 1}]),
-    },
-    "stream": {
-        "in": ("gdn_in", [(64, 6), (64, 8), (64, 12), (128, 4), (128, 6)]),
-        "out": ("gdn_out", [(8, 64, 4), (4, 64, 8), (4, 128, 6), (8, 128, 4)]),
-        "router": ("router", [(4, 8), (8, 4)]),
-        "att": ("att", [(1, 32, 2), (2, 32, 2), (4, 32, 2), (1, 64, 2), (2, 64, 2), (2, 32, 3)]),
-        "delta": ("gdn_delta", [{}, {"warps": 8}]),
-        "moe": ("gate_up", [{"S": s, "P": 132 * p} for s, p in
-                            ((3, 3), (4, 2), (5, 2), (8, 1), (2, 4))]),
-        "down": ("down", [{"SD": s, "PD": 132 * p, "CHUNK": c} for s, p, c in
-                          ((4, 3, 1), (3, 4, 1), (4, 3, 2), (6, 2, 2), (4, 3, 4))]),
-    },
+# (key of the configuration, family that it moves, candidates); dictionaries add up
+SWEEPS: dict[str, list[tuple[str, str, list]]] = {
+    "one": [
+        ("moe1", "router", [{}, {"BR": 8}, {"BS": 4}, {"BR": 8, "BS": 4}]),
+        ("moe1", "down", [{}, {"KE": 8}, {"BD": 8, "dwarps": 4}]),
+        ("att", "att", [(1, 32, 2), (2, 32, 2), (1, 64, 2), (2, 64, 2), (4, 32, 2)]),
+    ],
+    "stream": [
+        ("in", "gdn_in", [(64, 6), (64, 8), (64, 8, 2), (128, 4), (64, 4), (64, 3), (128, 3)]),
+        ("out", "gdn_out", [(8, 64, 4), (8, 128, 4), (4, 128, 6), (4, 64, 4)]),
+        ("router", "router", [(4, 8), (8, 4)]),
+        ("att", "att", [(1, 64, 2), (2, 64, 2), (1, 64, 3), (1, 128, 2)]),
+        ("tile", "gate_up", [8, 16]),
+        ("moe", "gate_up", [{"S": 3, "P": 396}, {"S": 4, "P": 264}, {"S": 5, "P": 264}]),
+        ("moe", "down", [{"SD": 4, "PD": 396, "CHUNK": 2}, {"SD": 4, "PD": 396, "CHUNK": 4},
+                         {"SD": 6, "PD": 264, "CHUNK": 4}]),
+    ],
+    "verify": [("delta", "gdn_delta", [{"tile": 64}, {"tile": 32}, {"tile": 64, "warps": 2},
+                                       {"tile": 32, "warps": 2}])],
 }  # fmt: skip
 
 
@@ -132,27 +134,28 @@ def alone(m: Model, family: str, replays: int = 10) -> float:
 def sweep(m: Model, kind: str, quick: bool) -> dict[str, dict[str, float]]:
     """Time in ms of a family over all layers by launch configuration; ``m`` keeps the best."""
     out: dict[str, dict[str, float]] = {}
-    base, best = dict(m.config), dict(m.config)
-    for key, (family, configs) in SWEEPS[kind].items():
-        out[key] = {}
-        name = "moe" if key == "down" else key
+    plan = SWEEPS[kind] + (SWEEPS["verify"] if m.rows > 1 else [])
+    best = dict(m.config)
+    for key, family, configs in plan:
+        if key == "tile" and m.t <= 128:
+            continue
+        table = out[f"{key} {family}"] = {}
         if key == "att":  # parts relative to the default number
             parts = m.work.splits
-            configs = [(min(128, parts * f), b, s) for f, b, s in configs]
-        for config in configs:
-            m.config = base | {name: (best.get("moe", {}) | config) if key == "down" else config}
+            configs = list(dict.fromkeys((min(256, parts * f), b, s) for f, b, s in configs))
+        choices = [best.get(key, {}) | c if isinstance(c, dict) else c for c in configs]
+        for config in choices:
+            m.config = best | {key: config}
             try:
                 m.resize()
-                out[key][str(config)] = alone(m, family, 1 if quick else 10)
+                table[str(config)] = alone(m, family, 1 if quick else 8)
             except Exception as error:  # a configuration that does not fit is a result too
                 if "CUDA error" in str(error):
                     raise
                 torch.cuda.synchronize()
-                out[key][str(config)] = float("inf")
+                table[str(config)] = float("inf")
                 print(f"  {key} {config}: {type(error).__name__}: {str(error)[:120]}")
-        chosen = min(out[key], key=out[key].get)
-        chosen = next(c for c in configs if str(c) == chosen)
-        best[name] = (best.get("moe", {}) | chosen) if key == "down" else chosen
+        best[key] = min(choices, key=lambda c, t=table: t[str(c)])
     m.config = best
     m.resize()
     return out
@@ -173,7 +176,7 @@ def family_bytes(m: Model, name: str, experts: float) -> float:
     table = {
         "gdn_in": gdn * (QKVZ * H + 2 * HV * H * 2), "gdn_delta": gdn * t * HV * DK * DK * state,
         "gdn_out": gdn * MIXED * H, "att_in": full * QKV * H, "att_out": full * MIXED * H,
-        "att": full * t * m.context * KV_HEADS * HEAD_DIM * 4, "head": V * H * 2,
+        "att": full * t * m.context * KV_HEADS * HEAD_DIM * 4, "head": V * H * (2 - (m.fp8_head is not None)),
         "router": len(m.layers) * ((E + 1) * H * 2 + (one * 2 // 3 if single else 0)),
         "gate_up": len(m.layers) * (experts + (not single)) * one * 2 / 3,
         "down": len(m.layers) * (experts + 1) * one / 3,
@@ -187,7 +190,8 @@ def report(m: Model, name: str, result: dict) -> None:
     moved = sum(family_bytes(m, f, experts) for f in FAMILIES)
     print(f"== {name} ({m.config.get('way', 'stream' if m.t > 1 else 'single')}), "
           f"{len(m.layers)} layers: {ms:.3f} ms per step, {b / ms * 1e3:,.0f} steps*seq/s; "
-          f"with PDL {result['ms_pdl']:.3f}, without {result['ms_plain']:.3f} ms")  # fmt: skip
+          f"with PDL {result['ms_pdl']:.3f}, on small kernels {result['ms_mixed']:.3f}, "
+          f"without {result['ms_plain']:.3f} ms")  # fmt: skip
     print(f"   {moved / 1e9:.2f} GB = {moved / ms * 1e3 / 1e12:.2f} TB/s = "
           f"{moved / BANDWIDTH / ms * 1e5:.0f} % of 4.26; distinct experts {experts:.1f}; "
           f"same bits {result['same']}")  # fmt: skip
@@ -195,7 +199,6 @@ def report(m: Model, name: str, result: dict) -> None:
         vllm = VLLM_MS[b] if m.rows == 1 else VLLM_MTP_MS[b]
         print(f"   floor {FLOOR_MS[b]} ms ({FLOOR_MS[b] / ms * 100:.0f} %), vLLM {vllm} ms "
               f"({vllm / ms:.2f}x)")  # fmt: skip
-    print("   errors " + ", ".join(f"{k} {v:.1e}" for k, v in result["errors"].items()))
     total = 0.0
     for family, spent in result["families"].items():
         size = family_bytes(m, family, experts)
@@ -227,13 +230,13 @@ def measure(m: Model, name: str, args: argparse.Namespace) -> dict:
     m.reset()
     if not args.quick:
         result["errors"] = check(m)
+        print(f"{name}: {rounded(result['errors'])}", flush=True)
         m.reset()
     result["same"], result["experts"] = repeatable(m, capture)
-    m.pdl = False
-    result["ms_plain"] = replay_ms(capture(m.step))
-    m.pdl = True
-    result["ms_pdl"] = replay_ms(capture(m.step))
-    result["ms"] = min(result["ms_pdl"], result["ms_plain"])
+    for name_, m.pdl, m.heavy in (("plain", False, False), ("mixed", True, False),
+                                  ("pdl", True, True)):  # fmt: skip
+        result[f"ms_{name_}"] = replay_ms(capture(m.step))
+    result["ms"] = min(result["ms_pdl"], result["ms_plain"], result["ms_mixed"])
     result["families"] = {} if args.quick else families(m)
     report(m, name, result)
     return result
@@ -250,6 +253,7 @@ def main() -> None:
     parser.add_argument("--no-sweep", action="store_true")
     parser.add_argument("--quick", action="store_true", help="compile and check only")
     parser.add_argument("--bf16-state", action="store_true")
+    parser.add_argument("--fp8-head", action="store_true")
     parser.add_argument("--name", default="decode")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -261,6 +265,9 @@ def main() -> None:
         results["micro"] = micro("cuda")
         print("micro:", results["micro"], flush=True)
     m = Model(args.layers, "cuda", mtp="x" in args.runs)
+    if args.fp8_head:
+        results["head"] = m.quantise_head()
+        print("e4m3 head:", results["head"])
     torch.cuda.synchronize()
     print(f"weights {torch.cuda.memory_allocated() / 1e9:.1f} GB at {time.time() - begin:.0f} s")
     for run in args.runs.split(","):

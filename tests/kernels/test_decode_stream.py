@@ -21,7 +21,7 @@ from qnext.kernels.norm.triton_quantise import add_norm_quantise
 FP8 = torch.float8_e4m3fn
 
 
-def wide(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def widen(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (q.float().unflatten(-1, (-1, 128)) * scale[..., None]).flatten(-2)
 
 
@@ -51,7 +51,7 @@ def test_add_norm_quantise(terms, extra):
     torch.testing.assert_close(scale, norm.view(t, -1, 128).abs().amax(-1) / 448)
     exact = (norm.view(t, -1, 128) / scale[..., None]).to(FP8).float() * scale[..., None]
     # the interpreter drops the carry where rounding reaches the next power of two
-    assert (wide(q, scale) == exact.flatten(1)).float().mean() > 0.95
+    assert (widen(q, scale) == exact.flatten(1)).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("norm_topk", [True, False])
@@ -82,23 +82,36 @@ def test_fused_decode_takes_terms_of_the_gates_and_quantises():
     torch.manual_seed(0)
     n, hk, hv, d = 2, 1, 2, 128
     c = 2 * hk * d + hv * d
-    qkv, z = torch.randn(n, c), torch.randn(n, hv * d)
+    wide = torch.randn(2, n, c + hv * d)
     b, a = torch.randn(2, 3, n, hv)
     ring, taps = torch.randn(n, c, 4), torch.randn(c, 4) * 0.5
     rest = (torch.rand(hv), torch.rand(hv), torch.rand(d) + 0.5)
     state = torch.randn(n, hv, d, d) * 0.1
     slots, lens = torch.arange(n, dtype=torch.int32), torch.full((n,), 5, dtype=torch.int32)
     plain = fused_decode_ring(
-        qkv, z, b.sum(0), a.sum(0), ring.clone(), taps, *rest, state.clone(), slots, lens, 1e-6
+        *wide.sum(0).split([c, hv * d], -1),
+        b.sum(0),
+        a.sum(0),
+        ring.clone(),
+        taps,
+        *rest,
+        state.clone(),
+        slots,
+        lens,
+        1e-6,
     )
     q = torch.empty(n, hv * d, dtype=FP8)
     scale = torch.full((n, hv), float("nan"))
-    fused_decode_ring(qkv, z, b, a, ring, taps, *rest, state, slots, lens, 1e-6, out=q, scale=scale)
-    assert ((wide(q, scale) - plain).abs() < plain.abs() / 16 + 1e-3).float().mean() > 0.95
+    fused_decode_ring(
+        *wide.split([c, hv * d], -1), b, a, ring, taps, *rest, state, slots, lens, 1e-6, out=q,
+        scale=scale,
+    )  # fmt: skip
+    assert ((widen(q, scale) - plain).abs() < plain.abs() / 16 + 1e-3).float().mean() > 0.95
     torch.testing.assert_close(scale, plain.view(n, hv, d).abs().amax(-1) / 448)
 
 
-def test_verify_replays_what_was_accepted():
+@pytest.mark.parametrize("tile", [32, 16])
+def test_verify_replays_what_was_accepted(tile):
     """Steps of 3 rows with 3, 1 and 2 accepted give what token by token gives on those rows."""
     torch.manual_seed(1)
     n, hk, hv, d, rows = 2, 1, 2, 32, 3
@@ -114,7 +127,7 @@ def test_verify_replays_what_was_accepted():
         z, b, a = torch.randn(n * rows, hv * d), *torch.randn(2, n * rows, hv)
         lens = torch.full((n,), position, dtype=torch.int32)
         out = fused_verify_ring(
-            x, z, b, a, ring, taps, *rest, state, slots, lens, accepted, kept, 1e-6
+            x, z, b, a, ring, taps, *rest, state, slots, lens, accepted, kept, 1e-6, tile=tile
         )
         torch.testing.assert_close(state, plain_state, rtol=1e-4, atol=1e-5)
         at = torch.arange(n) * rows

@@ -9,7 +9,6 @@ M side, tokens the N side, both e4m3, with scales applied in fp32 every 128 colu
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -17,13 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qnext.kernels.linear.gluon_stream import tiles
+from qnext.kernels.linear.gluon_stream import load_tile, tiles
+
+load_cells = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -44,8 +44,8 @@ def _unit(tasks, counts, unit, units, T, E: gl.constexpr, TILE: gl.constexpr, BL
 @gluon.jit
 def _ask(w_desc, v_desc, row, column, expert, bar, buffer, pred, E: gl.constexpr):
     """A tile of the routed or of the shared expert."""
-    tma.async_copy_global_to_shared(w_desc, [row, column], bar, buffer, pred=pred & (expert < E))
-    tma.async_copy_global_to_shared(v_desc, [row, column], bar, buffer, pred=pred & (expert >= E))
+    load_tile(w_desc, [row, column], bar, buffer, pred=pred & (expert < E))
+    load_tile(v_desc, [row, column], bar, buffer, pred=pred & (expert >= E))
 
 
 @gluon.jit
@@ -102,7 +102,7 @@ def _gate_up(
         k0 = gl.arange(0, 128, gl.SliceLayout(0, load_l))
         at = x + gl.expand_dims(token0, 1) * H + gl.expand_dims(k0, 0)
         for group in gl.static_range(NK):
-            async_copy.async_copy_global_to_shared(held.index(group), at + group * 128)
+            load_cells(held.index(group), at + group * 128)
         async_copy.commit_group()
         async_copy.wait_group(0)
         fence_async_shared()
@@ -312,11 +312,3 @@ def experts(
 def tile_for(tokens: int) -> int:
     """Tokens of a task: the narrow side of the product, by the mean load of an expert."""
     return 8 if tokens <= 128 else 16
-
-
-def programs(multiprocessors: int, each: int) -> int:
-    """Programs of a persistent launch."""
-    return multiprocessors * each
-
-
-_ = triton  # the descriptors' driver

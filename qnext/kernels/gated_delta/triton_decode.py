@@ -37,9 +37,10 @@ def _silu(x):
 @triton.jit
 def _decode_head(
     qkv, z, b, a, ring, conv_weight, A_log, dt_bias, norm_weight, state, slots, positions, out,
-    scale, s_qkv, s_z, s_b, s_a, s_part, eps,
+    scale, s_qkv, s_z, s_b, s_a, s_part, s_wide, eps,
     HK: tl.constexpr, RATIO: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    PARTS: tl.constexpr, QUANTISE: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, WIDE: tl.constexpr, QUANTISE: tl.constexpr, FETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -61,7 +62,7 @@ def _decode_head(
         return
     state += (slot * HV + h) * (DK * DV)
     ring += slot * (C * 4)
-    if PDL:
+    if PDL and FETCH:
         # last written a step ago: more programs lie between than the GPU can hold
         size: tl.constexpr = DK * DV * state.dtype.element_ty.primitive_bitwidth // 8
         prefetch_l2(state, size)
@@ -83,6 +84,11 @@ def _decode_head(
     nk = tl.load(qkv + n * s_qkv + ck)
     nv = tl.load(qkv + n * s_qkv + cv)
     gate = tl.load(z + n * s_z + h * DV + e).to(tl.float32)
+    for p in tl.static_range(1, WIDE):
+        nq += tl.load(qkv + p * s_wide + n * s_qkv + cq)
+        nk += tl.load(qkv + p * s_wide + n * s_qkv + ck)
+        nv += tl.load(qkv + p * s_wide + n * s_qkv + cv)
+        gate += tl.load(z + p * s_wide + n * s_z + h * DV + e)
     open_ = tl.load(b + n * s_b + h).to(tl.float32)
     dt = tl.load(a + n * s_a + h).to(tl.float32)
     for p in tl.static_range(1, PARTS):
@@ -142,10 +148,13 @@ def _conv(
 def _verify_head(
     qkv, z, b, a, ring, conv_weight, A_log, dt_bias, norm_weight, state, slots, positions,
     accepted, kept, kept_gates, out, scale, s_qkv, s_z, s_b, s_a, s_part, eps,
-    HK: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RING: tl.constexpr,
-    PARTS: tl.constexpr, QUANTISE: tl.constexpr, PDL: tl.constexpr,
+    HK: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
+    RING: tl.constexpr, PARTS: tl.constexpr, QUANTISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Replay the accepted rows of the step before, store that state, then run R new rows on it."""
+    """Replay the accepted rows of the step before, store that state, then run R new rows on it.
+
+    The state passes in tiles of BV columns, so that a thread holds little of it at a time.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -153,8 +162,10 @@ def _verify_head(
     n = tl.program_id(1).to(tl.int64)
     HV: tl.constexpr = HK * RATIO
     C: tl.constexpr = (2 * HK + HV) * D
+    TILES: tl.constexpr = D // BV
     hk = h // RATIO
     d = tl.arange(0, D)
+    e = tl.arange(0, BV)
     slot = tl.load(slots + n).to(tl.int64)
     position = tl.load(positions + n)
     again = tl.load(accepted + n)
@@ -163,28 +174,20 @@ def _verify_head(
     ring += slot * (C * RING)
     kept += (slot * HV + h) * (R * 2 * D)
     kept_gates += (slot * HV + h) * (R * 2)
-    where = state + d[:, None] * D + d[None, :]
-    S = tl.load(where).to(tl.float32)
-    for r in tl.static_range(R):
-        k = tl.load(kept + r * 2 * D + d)
-        v = tl.load(kept + (r * 2 + 1) * D + d)
-        decay = tl.where(r < again, tl.load(kept_gates + r * 2), 1.0)
-        beta = tl.where(r < again, tl.load(kept_gates + r * 2 + 1), 0.0)
-        delta = beta * (v - tl.sum(S * k[:, None], 0) * decay)
-        S = S * decay + k[:, None] * delta[None, :]
-    tl.store(where, S.to(state.dtype.element_ty))
-    tl.debug_barrier()  # every thread has read what is kept: it may be replaced
+    qkv += row0 * s_qkv
     cq = hk * D + d
     ck = HK * D + cq
-    cv = 2 * HK * D + h * D + d
+    cv = 2 * HK * D + h * D
     rate = tl.exp(tl.load(A_log + h).to(tl.float32))
     shift = tl.load(dt_bias + h).to(tl.float32)
-    w = tl.load(norm_weight + d).to(tl.float32)
-    qkv += row0 * s_qkv
+    queries = ()
+    keys = ()
+    decays = ()
+    betas = ()
+    overlaps = ()
     for r in tl.static_range(R):
         q = _conv(qkv, ring, conv_weight, cq, position, s_qkv, r, RING)
         k = _conv(qkv, ring, conv_weight, ck, position, s_qkv, r, RING)
-        v = _conv(qkv, ring, conv_weight, cv, position, s_qkv, r, RING)
         q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * (D**-0.5)
         k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
         open_ = tl.load(b + (row0 + r) * s_b + h).to(tl.float32)
@@ -192,36 +195,73 @@ def _verify_head(
         for p in tl.static_range(1, PARTS):
             open_ += tl.load(b + p * s_part + (row0 + r) * s_b + h)
             dt += tl.load(a + p * s_part + (row0 + r) * s_a + h)
-        beta = tl.sigmoid(open_)
         dt += shift
         soft = tl.where(dt > 20.0, dt, tl.log(1.0 + tl.exp(tl.minimum(dt, 20.0))))
-        decay = tl.exp(-rate * soft)
-        tl.store(kept + r * 2 * D + d, k)
-        tl.store(kept + (r * 2 + 1) * D + d, v)
-        tl.store(kept_gates + r * 2, decay)
-        tl.store(kept_gates + r * 2 + 1, beta)
-        delta = beta * (v - tl.sum(S * k[:, None], 0) * decay)
-        o = tl.sum(S * q[:, None], 0) * decay + tl.sum(q * k, 0) * delta
-        if r < R - 1:
+        queries = queries + (q,)  # noqa: RUF005
+        keys = keys + (k,)  # noqa: RUF005
+        decays = decays + (tl.exp(-rate * soft),)  # noqa: RUF005
+        betas = betas + (tl.sigmoid(open_),)  # noqa: RUF005
+        overlaps = overlaps + (tl.sum(q * k, 0),)  # noqa: RUF005
+    outs = ()
+    squares = ()
+    for tile in tl.static_range(TILES):
+        where = state + d[:, None] * D + tile * BV + e[None, :]
+        S = tl.load(where).to(tl.float32)
+        for r in tl.static_range(R):
+            k = tl.load(kept + r * 2 * D + d)
+            v = tl.load(kept + (r * 2 + 1) * D + tile * BV + e)
+            decay = tl.where(r < again, tl.load(kept_gates + r * 2), 1.0)
+            beta = tl.where(r < again, tl.load(kept_gates + r * 2 + 1), 0.0)
+            delta = beta * (v - tl.sum(S * k[:, None], 0) * decay)
             S = S * decay + k[:, None] * delta[None, :]
-        gate = tl.load(z + (row0 + r) * s_z + h * D + d).to(tl.float32)
-        o *= tl.rsqrt(tl.sum(o * o, 0) / D + eps) * w * _silu(gate)
+        tl.store(where, S.to(state.dtype.element_ty))
+        tl.debug_barrier()  # every thread has read what is kept of this tile: it may be replaced
+        for r in tl.static_range(R):
+            v = _conv(qkv, ring, conv_weight, cv + tile * BV + e, position, s_qkv, r, RING)
+            tl.store(kept + (r * 2 + 1) * D + tile * BV + e, v)
+            k = keys[r]
+            delta = betas[r] * (v - tl.sum(S * k[:, None], 0) * decays[r])
+            o = tl.sum(S * queries[r][:, None], 0) * decays[r] + overlaps[r] * delta
+            if r < R - 1:
+                S = S * decays[r] + k[:, None] * delta[None, :]
+            outs = outs + (o,)  # noqa: RUF005
+            squares = squares + (tl.sum(o * o, 0),)  # noqa: RUF005
+    tl.debug_barrier()
+    for r in tl.static_range(R):
+        tl.store(kept + r * 2 * D + d, keys[r])
+        tl.store(kept_gates + r * 2, decays[r])
+        tl.store(kept_gates + r * 2 + 1, betas[r])
+        total = squares[r]
+        for tile in tl.static_range(1, TILES):
+            total += squares[tile * R + r]
+        rstd = tl.rsqrt(total / D + eps)
         at = (row0 + r) * HV + h
+        largest = 0.0
+        gated = ()
+        for tile in tl.static_range(TILES):
+            w = tl.load(norm_weight + tile * BV + e).to(tl.float32)
+            gate = tl.load(z + (row0 + r) * s_z + h * D + tile * BV + e).to(tl.float32)
+            o = outs[tile * R + r] * rstd * w * _silu(gate)
+            gated = gated + (o,)  # noqa: RUF005
+            largest = tl.maximum(largest, tl.max(tl.abs(o), 0))
+        group = tl.maximum(largest, 1e-12) / 448.0
+        for tile in tl.static_range(TILES):
+            to = out + at * D + tile * BV + e
+            if QUANTISE:
+                tl.store(to, (gated[tile] / group).to(tl.float8e4nv))
+            else:
+                tl.store(to, gated[tile].to(out.dtype.element_ty))
         if QUANTISE:
-            o, group = quantise(o, 0)
             tl.store(scale + at, group)
-            tl.store(out + at * D + d, o)
-        else:
-            tl.store(out + at * D + d, o.to(out.dtype.element_ty))
     writes = (d * 0 + h) % RATIO == 0
     for r in tl.static_range(R):
         column = (position + r) % RING
         for_q = tl.load(qkv + r * s_qkv + cq).to(ring.dtype.element_ty)
         for_k = tl.load(qkv + r * s_qkv + ck).to(ring.dtype.element_ty)
-        for_v = tl.load(qkv + r * s_qkv + cv).to(ring.dtype.element_ty)
+        for_v = tl.load(qkv + r * s_qkv + cv + d).to(ring.dtype.element_ty)
         tl.store(ring + cq * RING + column, for_q, mask=writes)
         tl.store(ring + ck * RING + column, for_k, mask=writes)
-        tl.store(ring + cv * RING + column, for_v)
+        tl.store(ring + (cv + d) * RING + column, for_v)
 
 
 def verify_buffers(slots: int, heads: int, dim: int, rows: int, device) -> tuple[Tensor, Tensor]:
@@ -249,6 +289,7 @@ def fused_verify_ring(
     *,
     out: Tensor | None = None,
     scale: Tensor | None = None,
+    tile: int = 64,
     warps: int = 4,
     pdl: bool = False,
 ) -> Tensor:
@@ -265,6 +306,7 @@ def fused_verify_ring(
         positions: (N,) int32 position of each sequence's first new row.
         accepted: (N,) int32 how many rows of the step before count (0 for none before).
         kept: from ``verify_buffers``.
+        tile: columns of the state that pass at a time.
     """
     heads, d = recurrent_state.shape[1:3]
     key_heads = (conv_weight.shape[0] - heads * d) // (2 * d)
@@ -280,7 +322,7 @@ def fused_verify_ring(
         mixed_qkv, z, b, a, conv_ring, conv_weight, A_log, dt_bias, norm_weight, recurrent_state,
         slot_ids, positions, accepted, *kept, out, out if scale is None else scale,
         mixed_qkv.stride(0), z.stride(0), b.stride(-2), a.stride(-2), b.stride(0), eps,
-        HK=key_heads, RATIO=heads // key_heads, D=d, R=rows, RING=ring,
+        HK=key_heads, RATIO=heads // key_heads, D=d, BV=min(tile, d), R=rows, RING=ring,
         PARTS=b.shape[0] if b.ndim == 3 else 1, QUANTISE=scale is not None, PDL=pdl,
         num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
@@ -317,8 +359,9 @@ def fused_decode_ring(
     """``triton_recurrent.fused_decode`` with the window of the convolution in a ring.
 
     Args:
-        mixed_qkv, z: projections, (N, C), (N, Hv * dv), rows strided.
-        b, a: (N, Hv), rows strided; or (P, N, Hv) fp32 terms to add up.
+        mixed_qkv, z: projections, (N, C), (N, Hv * dv), rows strided; or (P, N, ..) fp32 terms
+            to add up.
+        b, a: (N, Hv), rows strided; or (P, N, Hv) fp32 terms.
         conv_ring: (slots, C, 4) last inputs of the convolution; that of position p is in column
             p % 4 (``ring_of``).
         conv_weight, A_log, dt_bias, norm_weight: as there.
@@ -335,12 +378,17 @@ def fused_decode_ring(
     """
     heads, dk, dv = recurrent_state.shape[1:]
     key_heads = (conv_weight.shape[0] - heads * dv) // (2 * dk)
-    out = mixed_qkv.new_empty(len(z), heads * dv) if out is None else out
-    _decode_head[(heads, len(z))](
+    n = z.shape[-2]
+    if out is None:
+        out = mixed_qkv.new_empty(n, heads * dv)
+    # more than fits into L2 would push out what it fetched before it is read
+    fetch = n * recurrent_state[0].numel() * recurrent_state.element_size() <= 20 << 20
+    _decode_head[(heads, n)](
         mixed_qkv, z, b, a, conv_ring, conv_weight, A_log, dt_bias, norm_weight, recurrent_state,
-        slot_ids, positions, out, out if scale is None else scale, mixed_qkv.stride(0),
-        z.stride(0), b.stride(-2), a.stride(-2), b.stride(0), eps, HK=key_heads,
-        RATIO=heads // key_heads, DK=dk, DV=dv, PARTS=b.shape[0] if b.ndim == 3 else 1,
-        QUANTISE=scale is not None, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+        slot_ids, positions, out, out if scale is None else scale, mixed_qkv.stride(-2),
+        z.stride(-2), b.stride(-2), a.stride(-2), b.stride(0), mixed_qkv.stride(0), eps,
+        HK=key_heads, RATIO=heads // key_heads, DK=dk, DV=dv,
+        PARTS=b.shape[0] if b.ndim == 3 else 1, WIDE=z.shape[0] if z.ndim == 3 else 1,
+        QUANTISE=scale is not None, FETCH=fetch, PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out

@@ -26,6 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+#: the copy engine's load changed its name after Triton 3.6
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 #: bytes of a row of a tile: one swizzle pattern, 128 FP8 or 64 BF16 columns
 ROW_BYTES = 128
 
@@ -56,15 +58,11 @@ def _stream(
     first = split * NK
     for i in gl.static_range(ring):
         mbarrier.expect(bars.index(i), size)
-        tma.async_copy_global_to_shared(
-            w_desc, [row, (first + i) * BK], bars.index(i), w_ring.index(i)
-        )
+        load_tile(w_desc, [row, (first + i) * BK], bars.index(i), w_ring.index(i))
     if WAIT:
         gdc_wait()
     for i in gl.static_range(ring):
-        tma.async_copy_global_to_shared(
-            x_desc, [token0, (first + i) * BK], bars.index(i), x_ring.index(i)
-        )
+        load_tile(x_desc, [token0, (first + i) * BK], bars.index(i), x_ring.index(i))
     token = token0 + gl.arange(0, TP, gl.SliceLayout(0, mma))
     acc = gl.zeros([BM, TP], gl.float32, mma)
     for k in range(NK):
@@ -78,15 +76,12 @@ def _stream(
             gl.zeros([BM, TP], gl.float32, mma), use_acc=False, is_async=True,
         )  # fmt: skip
         part = warpgroup_mma_wait(0, deps=(part,))
-        more = k + ring < NK
-        mbarrier.expect(bars.index(slot), size, pred=more)
-        column = (first + k + ring) * BK
-        tma.async_copy_global_to_shared(
-            w_desc, [row, column], bars.index(slot), w_ring.index(slot), pred=more
-        )
-        tma.async_copy_global_to_shared(
-            x_desc, [token0, column], bars.index(slot), x_ring.index(slot), pred=more
-        )
+        if ring < NK:
+            more = k + ring < NK
+            mbarrier.expect(bars.index(slot), size, pred=more)
+            column = (first + k + ring) * BK
+            load_tile(w_desc, [row, column], bars.index(slot), w_ring.index(slot), pred=more)
+            load_tile(x_desc, [token0, column], bars.index(slot), x_ring.index(slot), pred=more)
         if FP8:
             acc += part * gl.expand_dims(s, 0)
         else:
