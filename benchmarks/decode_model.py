@@ -24,6 +24,7 @@ from qnext.kernels.experts import gluon_stream as stream_experts
 from qnext.kernels.experts import triton_route as routing
 from qnext.kernels.experts import triton_single as single
 from qnext.kernels.gated_delta import triton_decode as delta
+from qnext.kernels.gated_delta import triton_verify as verify
 from qnext.kernels.linear import gluon_stream as stream
 from qnext.kernels.linear import triton as linear
 from qnext.kernels.norm import triton_quantise as seam
@@ -124,7 +125,7 @@ class Switch:
         kernels = {"_gemv", "_skinny", "_norm_rows", "_router", "_gate_up", "_down", "_decode_head",
                    "_verify_head", "_split", "_merge", "_finish", "_linear_stream", "_route",
                    "_add_norm_quantise", "_best"}  # fmt: skip
-        rooms = (linear, single, attention, delta, stream, stream_experts, routing, seam)
+        rooms = (linear, single, attention, delta, verify, stream, stream_experts, routing, seam)
         for module in (*rooms, sys.modules[__name__]):
             for name, value in list(vars(module).items()):
                 if isinstance(value, triton.runtime.JITFunction) and name in kernels:
@@ -270,7 +271,7 @@ class Model:
                 ring = RING if rows > 1 else 4
                 layer["ring"] = torch.zeros(batch, CHANNELS, ring, device=dev, dtype=DTYPE)
                 if rows > 1:
-                    layer["kept"] = delta.verify_buffers(batch, HV, DK, rows, dev)
+                    layer["kept"] = verify.verify_buffers(batch, HV, DK, rows, dev)
         self.all_logits = torch.empty(t, V, dtype=DTYPE, device=dev)
         best = t * (V if t <= 4 else 9600)
         self.best = (torch.empty(best, device=dev), torch.empty(best, dtype=i32, device=dev))
@@ -400,7 +401,7 @@ class Model:
         if w.rows == 1:
             delta.fused_decode_ring(*args, 1e-6, **options)
         else:
-            delta.fused_verify_ring(*args, self.accepted, layer["kept"], 1e-6, **options)
+            verify.fused_verify_ring(*args, self.accepted, layer["kept"], 1e-6, **options)
 
     # -- the step --------------------------------------------------------------------------
     def step(self) -> None:

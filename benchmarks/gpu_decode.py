@@ -83,7 +83,7 @@ def _tiny(x, PDL: tl.constexpr):
 
 
 def micro(device: str) -> dict[str, float]:
-    """us per dependent tiny kernel in a graph, without and with PDL; TB/s of a copy and a sum."""
+    """us per dependent tiny kernel (132 programs) in a graph, without and with PDL."""
     x, out = torch.zeros(132 * 128, device=device), {}
     for pdl in (False, True):
 
@@ -92,32 +92,42 @@ def micro(device: str) -> dict[str, float]:
                 _tiny[(132,)](x, PDL=pdl, launch_pdl=pdl)
 
         out["pdl us" if pdl else "plain us"] = replay_ms(capture(chain)) / 500 * 1e3
-    big = torch.empty(1 << 31, dtype=torch.uint8, device=device).view(torch.int32)
-    to = torch.empty_like(big)
-    out["copy TB/s"] = 2 * 2**31 / replay_ms(capture(lambda: to.copy_(big)), 5, 3) / 1e9
     return out
 
 
-# (key of the configuration, family that it moves, candidates); dictionaries add up
-SWEEPS: dict[str, list[tuple[str, str, list]]] = {
-    "one": [
-        ("moe1", "router", [{}, {"BR": 8}, {"BS": 4}, {"BR": 8, "BS": 4}]),
-        ("moe1", "down", [{}, {"KE": 8}, {"BD": 8, "dwarps": 4}]),
-        ("att", "att", [(1, 32, 2), (2, 32, 2), (1, 64, 2), (2, 64, 2), (4, 32, 2)]),
-    ],
-    "stream": [
-        ("in", "gdn_in", [(64, 6), (64, 8), (64, 8, 2), (128, 4), (64, 4), (64, 3), (128, 3)]),
-        ("out", "gdn_out", [(8, 64, 4), (8, 128, 4), (4, 128, 6), (4, 64, 4)]),
-        ("router", "router", [(4, 8), (8, 4)]),
-        ("att", "att", [(1, 64, 2), (2, 64, 2), (1, 64, 3), (1, 128, 2)]),
-        ("tile", "gate_up", [8, 16]),
-        ("moe", "gate_up", [{"S": 3, "P": 396}, {"S": 4, "P": 264}, {"S": 5, "P": 264}]),
-        ("moe", "down", [{"SD": 4, "PD": 396, "CHUNK": 2}, {"SD": 4, "PD": 396, "CHUNK": 4},
-                         {"SD": 6, "PD": 264, "CHUNK": 4}]),
-    ],
-    "verify": [("delta", "gdn_delta", [{"tile": 64}, {"tile": 32}, {"tile": 64, "warps": 2},
-                                       {"tile": 32, "warps": 2}])],
-}  # fmt: skip
+def candidates(m: Model) -> list[tuple[str, str, list]]:
+    """(key of the configuration, family that it moves, candidates); dictionaries add up.
+
+    The others were tried in the first run and are left out: stages of 12, 8 warps in DeltaNet,
+    1 or 4 programs per multiprocessor for the experts.
+    """
+    t, parts = m.t, m.work.splits
+    if t == 1 and m.config.get("way") != "stream":
+        return [
+            ("moe1", "router", [{}, {"BR": 8}, {"BS": 4}, {"BR": 8, "BS": 4}]),
+            ("moe1", "down", [{}, {"KE": 8}, {"BD": 8, "dwarps": 4}]),
+            ("att", "att", [(parts, 32, 2), (min(256, 2 * parts), 32, 2), (parts, 64, 2)]),
+        ]
+    few = t <= 16
+    plan = [
+        (
+            "in",
+            "gdn_in",
+            [(64, 8)] + [(64, 8, 2)] * (m.rows == 1)
+            if few
+            else [(64, 6), (64, 4), (64, 3), (128, 3)],
+        ),
+        ("out", "gdn_out", [(8, 64, 4)] if few else [(8, 64, 4), (8, 128, 4), (4, 128, 6)]),
+        ("router", "router", [(8, 4)] if t <= 32 else [(4, 8)]),
+        ("att", "att", [(parts, 64, 2), (parts, 64, 3)] + [(2 * parts, 64, 2)] * few),
+        ("tile", "gate_up", [8, 16] if t > 128 else []),
+        ("moe", "gate_up", [{"S": 3, "P": 396}, {"S": 4, "P": 264}]),
+        ("moe", "down", [{"SD": 4, "PD": 396, "CHUNK": 2}, {"SD": 4, "PD": 396, "CHUNK": 4}]),
+    ]
+    if m.rows > 1:
+        tiles = [{"tile": 64}, {"tile": 32}, {"tile": 64, "warps": 2}]
+        plan.append(("delta", "gdn_delta", tiles))
+    return plan
 
 
 def alone(m: Model, family: str, replays: int = 10) -> float:
@@ -131,18 +141,14 @@ def alone(m: Model, family: str, replays: int = 10) -> float:
     return spent
 
 
-def sweep(m: Model, kind: str, quick: bool) -> dict[str, dict[str, float]]:
+def sweep(m: Model, quick: bool) -> dict[str, dict[str, float]]:
     """Time in ms of a family over all layers by launch configuration; ``m`` keeps the best."""
     out: dict[str, dict[str, float]] = {}
-    plan = SWEEPS[kind] + (SWEEPS["verify"] if m.rows > 1 else [])
-    best = dict(m.config)
+    plan, best = candidates(m), dict(m.config)
     for key, family, configs in plan:
-        if key == "tile" and m.t <= 128:
+        if not configs:
             continue
         table = out[f"{key} {family}"] = {}
-        if key == "att":  # parts relative to the default number
-            parts = m.work.splits
-            configs = list(dict.fromkeys((min(256, parts * f), b, s) for f, b, s in configs))
         choices = [best.get(key, {}) | c if isinstance(c, dict) else c for c in configs]
         for config in choices:
             m.config = best | {key: config}
@@ -176,7 +182,8 @@ def family_bytes(m: Model, name: str, experts: float) -> float:
     table = {
         "gdn_in": gdn * (QKVZ * H + 2 * HV * H * 2), "gdn_delta": gdn * t * HV * DK * DK * state,
         "gdn_out": gdn * MIXED * H, "att_in": full * QKV * H, "att_out": full * MIXED * H,
-        "att": full * t * m.context * KV_HEADS * HEAD_DIM * 4, "head": V * H * (2 - (m.fp8_head is not None)),
+        "att": full * t * m.context * KV_HEADS * HEAD_DIM * 4,
+        "head": V * H * (1 if m.fp8_head else 2),
         "router": len(m.layers) * ((E + 1) * H * 2 + (one * 2 // 3 if single else 0)),
         "gate_up": len(m.layers) * (experts + (not single)) * one * 2 / 3,
         "down": len(m.layers) * (experts + 1) * one / 3,
@@ -223,9 +230,8 @@ def measure(m: Model, name: str, args: argparse.Namespace) -> dict:
     m.prepare(int(batch), int(context or 1024), int(rows or 1), state)
     result: dict = {"errors": check(m)}
     print(f"{name}: {rounded(result['errors'])}", flush=True)
-    kind = "one" if m.t == 1 and m.config.get("way") != "stream" else "stream"
     if not args.no_sweep:
-        result["sweep"] = sweep(m, kind, args.quick)
+        result["sweep"] = sweep(m, args.quick)
     result["config"] = m.config
     m.reset()
     if not args.quick:

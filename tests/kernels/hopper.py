@@ -110,7 +110,7 @@ def main() -> None:
 def stream(tokens: int, experts: tuple, shared: tuple, router: torch.Tensor) -> None:
     """The e4m3 way through a layer, and the verify step of MTP."""
     from qnext.kernels.experts import gluon_stream, triton_route
-    from qnext.kernels.gated_delta import triton_decode as delta
+    from qnext.kernels.gated_delta import triton_verify as verify
     from qnext.kernels.linear import gluon_stream as linear
     from qnext.kernels.norm.triton_quantise import add_norm_quantise
 
@@ -133,12 +133,12 @@ def stream(tokens: int, experts: tuple, shared: tuple, router: torch.Tensor) -> 
     gluon_stream.experts(q, scale, experts, shared, route, act, y, top_k=top, pdl=True)
     rows, n = 3, tokens // 3 or 1
     wide, gates = torch.empty(n * rows, 12352, dtype=bf16), torch.empty(32)
-    delta.fused_verify_ring(
+    verify.fused_verify_ring(
         wide[:, :8192], wide[:, 8192:12288], wide[:, 12288:12320], wide[:, 12320:],
         torch.empty(n, 8192, 8, dtype=bf16), torch.empty(8192, 4, dtype=bf16), gates, gates,
         torch.empty(128, dtype=bf16), torch.empty(n, 32, 128, 128), torch.zeros(n, dtype=i32),
         torch.zeros(n, dtype=i32), torch.zeros(n, dtype=i32),
-        delta.verify_buffers(n, 32, 128, rows, "cpu"), 1e-6, pdl=True,
+        verify.verify_buffers(n, 32, 128, rows, "cpu"), 1e-6, pdl=True,
         out=torch.empty(n * rows, 4096, dtype=fp8), scale=torch.empty(n * rows, 32),
     )  # fmt: skip
 

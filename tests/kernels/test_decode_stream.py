@@ -11,11 +11,8 @@ import torch
 
 from qnext.errors import KernelError
 from qnext.kernels.experts import triton_route
-from qnext.kernels.gated_delta.triton_decode import (
-    fused_decode_ring,
-    fused_verify_ring,
-    verify_buffers,
-)
+from qnext.kernels.gated_delta.triton_decode import fused_decode_ring
+from qnext.kernels.gated_delta.triton_verify import fused_verify_ring, verify_buffers
 from qnext.kernels.norm.triton_quantise import add_norm_quantise
 
 FP8 = torch.float8_e4m3fn
@@ -150,3 +147,14 @@ def test_too_small_a_ring_is_named():
             verify_buffers(1, 2, 32, 9, "cpu"), 1e-6,
         )  # fmt: skip
     assert caught.value.hint
+
+
+def test_projections_in_parts_are_named():
+    with pytest.raises(KernelError) as caught:
+        fused_verify_ring(
+            torch.zeros(2, 3, 128), torch.zeros(2, 3, 64), *[torch.zeros(3, 2)] * 2,
+            torch.zeros(1, 128, 8), torch.zeros(128, 4), *[torch.zeros(2)] * 3,
+            torch.zeros(1, 2, 32, 32), torch.zeros(1), torch.zeros(1), torch.zeros(1),
+            verify_buffers(1, 2, 32, 3, "cpu"), 1e-6,
+        )  # fmt: skip
+    assert "split" in caught.value.hint

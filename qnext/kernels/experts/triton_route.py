@@ -8,6 +8,8 @@ The experts are thus reached in any order; the outputs are the same bits in ever
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -71,7 +73,9 @@ def _route(
     tl.store(tasks + task, chosen | (place << 16), mask=opens & (task < T * TOP))
 
 
-def buffers(tokens: int, top_k: int, experts: int, tile: int, device) -> dict[str, Tensor]:
+def buffers(
+    tokens: int, top_k: int, experts: int, tile: int, device: torch.device | str
+) -> dict[str, Any]:
     """Buffers of ``route``; ``counts`` (zero before every call) ends with the number of tasks."""
     i32, f32 = torch.int32, torch.float32
     size = triton.next_power_of_2(experts + 1)
@@ -87,13 +91,13 @@ def buffers(tokens: int, top_k: int, experts: int, tile: int, device) -> dict[st
 
 def route(
     logits: Tensor,
-    out: dict[str, Tensor],
+    out: dict[str, Any],
     *,
     top_k: int,
     bf16: bool = True,
     norm_topk_prob: bool = True,
     pdl: bool = False,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Tasks for the experts from router logits.
 
     Args:
