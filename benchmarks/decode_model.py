@@ -378,7 +378,7 @@ class Model:
         split, stages = c.get("router", (4, 8))
         stream.stream_linear(w.normed, None, layer["router"], None, w.logits, split=split,
                              stages=stages, pdl=pdl)  # fmt: skip
-        routing.route(w.logits, w.route, top_k=TOP, pdl=pdl)
+        routing.route_tasks(w.logits, w.route, top_k=TOP, pdl=pdl)
         stream_experts.experts(w.xq, w.xs, layer["experts"], layer["shared"], w.route, w.act, w.y,
                                top_k=TOP, pdl=pdl and self.heavy, config=c.get("moe"))  # fmt: skip
 

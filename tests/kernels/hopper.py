@@ -128,7 +128,7 @@ def stream(tokens: int, experts: tuple, shared: tuple, router: torch.Tensor) -> 
                          tail=tail, rows=128 if tokens == 64 else 64, pdl=True)  # fmt: skip
     logits = torch.empty(4, tokens, e + 1)
     linear.stream_linear(x, None, router, None, logits, split=4, pdl=True)
-    triton_route.route(logits, route, top_k=top, pdl=True)
+    triton_route.route_tasks(logits, route, top_k=top, pdl=True)
     act = torch.empty(tokens * (top + 1), i, dtype=bf16)
     gluon_stream.experts(q, scale, experts, shared, route, act, y, top_k=top, pdl=True)
     rows, n = 3, tokens // 3 or 1

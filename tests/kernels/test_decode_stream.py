@@ -58,7 +58,7 @@ def test_route_lists_every_choice_once(tokens, parts, norm_topk):
     e, top, tile = 16, 3, 4
     logits = torch.randn(parts, tokens, e + 1)
     out = triton_route.buffers(tokens, top, e, tile, "cpu")
-    triton_route.route(logits, out, top_k=top, bf16=False, norm_topk_prob=norm_topk)
+    triton_route.route_tasks(logits, out, top_k=top, bf16=False, norm_topk_prob=norm_topk)
     total = logits.sum(0)
     weights, ids = total[:, :e].softmax(-1).topk(top, -1)
     if norm_topk:

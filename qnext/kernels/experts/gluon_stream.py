@@ -283,7 +283,7 @@ def experts(
         stacked: gate_up (E, 2F, H) e4m3, its scales (E, 2F / 128, H / 128), down (E, H, F), its
             scales.
         shared: the same without the leading axis.
-        route: from ``triton_route.route``.
+        route: from ``triton_route.route_tasks``.
         act: (T * top_k + T, F) BF16 workspace; rows by choice, the shared expert's last.
         y: (T * top_k + T, H) fp32 output, in the same order.
         top_k: experts per token.

@@ -76,7 +76,7 @@ def _route(
 def buffers(
     tokens: int, top_k: int, experts: int, tile: int, device: torch.device | str
 ) -> dict[str, Any]:
-    """Buffers of ``route``; ``counts`` (zero before every call) ends with the number of tasks."""
+    """Buffers of ``route_tasks``; ``counts`` (zero before every call) ends with the number of tasks."""
     i32, f32 = torch.int32, torch.float32
     size = triton.next_power_of_2(experts + 1)
     return {
@@ -89,7 +89,7 @@ def buffers(
     }
 
 
-def route(
+def route_tasks(
     logits: Tensor,
     out: dict[str, Any],
     *,
