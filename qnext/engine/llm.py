@@ -182,7 +182,9 @@ class LLM:
             vocab = self.tokenizer.vocab_size
             unused = tuple(token for token in padding if token < vocab)
         self.defaults = GenerationDefaults.from_folder(self.model_path, self.config)
-        self.model: CausalLM = load_model(self.model_path, dtype=wanted, device=target)
+        self.model: CausalLM = load_model(
+            self.model_path, dtype=wanted, device=target, progress=True
+        )
         if deterministic:
             make_invariant(self.model)
         else:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from qnext.errors import CheckpointError, MissingTensor
 from qnext.quant.config import Quantization
 from qnext.quant.format import PackedTensor, Scheme, Source
+from qnext.quant.fp8 import Fp8Scheme
 from qnext.quant.surgery import PackedParameter
 from qnext.weights import DiskTensor
 
@@ -54,7 +55,7 @@ def pack_rules(
         (rules by name, packed parameters by name).
 
     Raises:
-        CheckpointError: config and names disagree about a module.
+        CheckpointError: config and names disagree about a module, or no names are known for it.
         ConfigError: a list that names part of a fused module, an impossible group size.
     """
     table: dict[str, DiskTensor] = {}
@@ -114,6 +115,11 @@ def _pieces(
     chosen: Mapping[tuple[str, int | None], list[tuple[str, Scheme | None]]],
 ) -> Iterator[PackedTensor]:
     stacked = len(rule.shape) == 3
+    if stacked and not isinstance(scheme, Fp8Scheme):
+        raise CheckpointError(
+            f"{stem} is stacked over experts on disk, which {scheme.label} has no names for",
+            hint="only FP8 is known stacked; store the experts one by one",
+        )
     first = rule.parts[0]
     span = [s for s, _ in chosen[first.param, first.index]].index(stem)
     for piece in scheme.pieces(rule.shape):

@@ -18,6 +18,7 @@ FUSED = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
+FUSED_OF = {part: fused for fused, parts in FUSED.items() for part in parts}
 ROOTS = ("model", "mtp", "lm_head")
 
 
@@ -49,6 +50,7 @@ class NameList:
                 self._exact.add(parts)
             else:
                 self._loose.append(parts)
+        self._leaves = {entry[-1] for entry in self._loose}
 
     def __contains__(self, stem: str) -> bool:
         """Whether a module is meant.
@@ -59,27 +61,27 @@ class NameList:
         if self._named(stem):
             return True
         parent, _, leaf = stem.rpartition(".")
-        for fused, split in FUSED.items():
-            if leaf in split and self._named(f"{parent}.{fused}"):
-                return True
-            if leaf == fused:
-                found = [self._named(f"{parent}.{part}") for part in split]
-                if any(found) and not all(found):
-                    names = [p for p, hit in zip(split, found, strict=True) if hit]
-                    raise ConfigError(
-                        f"{self.what} names {', '.join(names)} of {stem}, which is one tensor",
-                        hint=f"name all of {', '.join(split)}, or none",
-                    )
-                if all(found):
-                    return True
-        return False
+        if leaf in FUSED_OF:
+            return self._named(f"{parent}.{FUSED_OF[leaf]}")
+        split = FUSED.get(leaf, ())
+        found = [part for part in split if self._named(f"{parent}.{part}")]
+        if found and len(found) < len(split):
+            raise ConfigError(
+                f"{self.what} names {', '.join(found)} of {stem}, which is one tensor",
+                hint=f"name all of {', '.join(split)}, or none",
+            )
+        return bool(found)
 
     def _named(self, stem: str) -> bool:
+        if not (self._exact or self._loose or self._patterns):
+            return False
         parts = _components(stem)
-        if any(parts[:n] in self._exact for n in range(1, len(parts) + 1)):
+        if self._exact and any(parts[:n] in self._exact for n in range(1, len(parts) + 1)):
             return True
-        if any(_within(entry, parts) for entry in self._loose):
+        if self._leaves & set(parts) and any(_within(entry, parts) for entry in self._loose):
             return True
+        if not self._patterns:
+            return False
         names = {stem, ".".join(parts)}
         return any(p.match(name) for p in self._patterns for name in names)
 

@@ -65,6 +65,20 @@ def fp8(weight: torch.Tensor, rng: np.random.Generator, rows: int, columns: int)
     return pieces, torch.from_numpy(truth)
 
 
+def float_quantized(
+    weight: torch.Tensor, rng: np.random.Generator, strategy: str, rows: int, columns: int
+) -> Packed:
+    """E4M3 as compressed-tensors stores it: its own name, and one scale without axes to spare."""
+    pieces, truth = fp8(weight, rng, rows or len(weight), columns or weight.shape[1])
+    scale = pieces.pop(".weight_scale_inv")
+    return {**pieces, ".weight_scale": scale.view(1) if strategy == "tensor" else scale}, truth
+
+
+def float_args(strategy: str, block: list[int] | None = None) -> dict[str, Any]:
+    return {"num_bits": 8, "type": "float", "strategy": strategy, "block_structure": block,
+            "symmetric": True, "dynamic": False}  # fmt: skip
+
+
 def draw_int4(
     shape: torch.Size, rng: np.random.Generator, group: int, symmetric: bool, order: bool
 ) -> tuple[Any, Any, Any, Any, torch.Tensor]:
@@ -176,6 +190,15 @@ FORMATS: dict[str, tuple[Callable[..., Packed], Callable[[list[str]], dict[str, 
     "int4, activation order": (
         lambda w, r: pack_quantized(w, r, 8, False, True),
         lambda i: compressed_config(int4_args(8, False, True), i, "pack-quantized")),
+    "float-quantized, blocks": (
+        lambda w, r: float_quantized(w, r, "block", 16, 8),
+        lambda i: compressed_config(float_args("block", [16, 8]), i, "float-quantized")),
+    "float-quantized, rows": (
+        lambda w, r: float_quantized(w, r, "channel", 1, 0),
+        lambda i: compressed_config(float_args("channel"), i, "float-quantized")),
+    "float-quantized, tensor": (
+        lambda w, r: float_quantized(w, r, "tensor", 0, 0),
+        lambda i: compressed_config(float_args("tensor"), i, "float-quantized")),
     "gptq": (lambda w, r: gptq(w, r, 8, True, False),
              lambda i: {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False,
                         "sym": True}),

@@ -121,4 +121,4 @@ def test_the_packers_of_these_tests_draw_every_nibble() -> None:
     u, zero, *_ = draw_int4(torch.Size((32, 64)), np.random.default_rng(0), 8, False, True)
     assert set(u.flatten()) == set(range(16))
     assert set(zero.flatten()) == set(range(1, 16))
-    assert len(FORMATS) == 10
+    assert len(FORMATS) == 13

@@ -92,6 +92,7 @@ def put(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Te
     return lambda t: t.update({name: make(t[name])})
 
 
+STACKED = {f"model.layers.0.mlp.experts.gate_up_proj{x}": torch.ones(8) for x in ("", "_scale_inv")}
 CASES: dict[str, tuple[str, Callable[[Tensors], Any], type[QnextError], list[str]]] = {
     "missing scale": ("fp8", drop(Q + ".weight_scale_inv"), MissingTensor,
                       [Q + ".weight_scale_inv"]),
@@ -138,6 +139,8 @@ CASES: dict[str, tuple[str, Callable[[Tensors], Any], type[QnextError], list[str
                        [Q + ".qweight", "I64"]),
     "scales of another group size": ("gptq", put(Q + ".scales", lambda x: x[:2]), ShapeMismatch,
                                      [Q + ".scales"]),
+    "stacked experts": ("awq", lambda t: t.update(STACKED), CheckpointError,
+                        ["model.layers.0.mlp.experts.gate_up_proj", "stacked", "awq"]),
     "missing shape": ("int4", drop(Q + ".weight_shape"), MissingTensor, [Q + ".weight_shape"]),
     "missing zero points": ("int4", drop(Q + ".weight_zero_point"), MissingTensor,
                             [Q + ".weight_zero_point"]),
