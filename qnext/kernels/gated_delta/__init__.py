@@ -49,6 +49,10 @@ def chunk_gated_delta_rule(
     if use_triton(q):
         from qnext.kernels.gated_delta import triton_chunk
 
+        if triton_chunk.is_hopper_prefill(q, v, cu_seqlens):
+            from qnext.kernels.gated_delta import gluon_chunk
+
+            return gluon_chunk.chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens, initial_state)
         return triton_chunk.chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens, initial_state)
     if use_loops(q, v, g, beta):
         from qnext.kernels.gated_delta import loops

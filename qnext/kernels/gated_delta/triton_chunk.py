@@ -298,6 +298,18 @@ def run_states(
     return (states, final, values) if keep else (values, final, values)
 
 
+def is_hopper_prefill(q: Tensor, v: Tensor, cu_seqlens: Tensor) -> bool:
+    """Whether ``gluon_chunk`` does it better: one long sequence, no gradients, heads of 128.
+
+    Measured on an H200: 1.06 instead of 1.49 ms for 1 x 32,768 tokens, but 0.97 instead of 0.82
+    for 4 x 8,192.
+    """
+    wide = q.shape[-1] == v.shape[-1] == 128 and v.dtype in (torch.bfloat16, torch.float16)
+    grads = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad)
+    long = len(cu_seqlens) == 2 and len(v) >= 2048
+    return wide and long and not grads and torch.cuda.get_device_capability(v.device)[0] == 9
+
+
 class ChunkGatedDeltaRule(torch.autograd.Function):
     """Forward keeps its inputs only; the backward makes M, P, the states and V' again."""
 
