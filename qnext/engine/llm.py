@@ -188,7 +188,7 @@ class LLM:
         if deterministic:
             make_invariant(self.model)
         else:
-            fuse(self.model)
+            fuse(self.model, half=dtype == "auto")
         self.config = self.model.config
         drafts = resolve_num_drafts(num_speculative_tokens, has_mtp=self.model.mtp is not None)
         self.plan: MemoryPlan = plan_memory(

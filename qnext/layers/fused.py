@@ -1,12 +1,14 @@
-"""Decoder layers for few rows on a CPU through compiled loops; same results, fewer steps.
+"""Decoder layers on a CPU through compiled loops; same results, fewer steps.
 
-``fuse(model)`` gives the model a :class:`FusedModel`, which it uses where that fits (few cached
-rows, fp32, no gradients); everywhere else the layers run as they are.
+``fuse(model)`` gives the model a :class:`FusedModel`, which it uses where that fits (cached rows,
+fp32, no gradients); everywhere else the layers run as they are. Few rows are decoded in loops
+here; prompts go through ``qnext.layers.fused_prefill``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from qnext.kernels import small_batch
 from qnext.kernels.select import usable
 from qnext.layers.decoder import DecoderLayer
+from qnext.layers.fused_prefill import MIN_STRETCH, WideModel
 from qnext.layers.model import CausalLM
 from qnext.layers.moe import SparseMoe
 from qnext.layers.norm import RMSNorm
@@ -23,10 +26,16 @@ from qnext.layers.packed import PackedBatch
 from qnext.layers.state import DeltaState, KVCache, ModelState, Pending
 
 
-def fuse(model: CausalLM) -> bool:
+def fuse(model: CausalLM, *, half: bool = False) -> bool:
     """Give a model the fused path, if it and this machine can use it.
 
     The loops keep copies of the weights: fuse again after changing them.
+
+    Args:
+        model: to change.
+        half: let the products of prompts round their inputs to BF16, where the weights lose
+            nothing by it and the processor multiplies BF16 (AVX512-BF16). Sums, states and
+            everything else stay fp32; docs/numerics.md says how far logits move.
 
     Returns:
         Whether it was given.
@@ -37,15 +46,35 @@ def fuse(model: CausalLM) -> bool:
         return False
     if any(p.dtype != torch.float32 for p in model.parameters()):  # quantised weights
         return False
-    model.fused = FusedModel(model)
+    model.fused = FusedModel(model, half and _half_is_exact(model))
     return True
 
 
-class FusedModel:
-    """All layers of a model for few rows, cached sequences, fp32 and no gradients."""
+def _half_is_exact(model: CausalLM) -> bool:
+    """Whether this machine multiplies BF16 and every matrix of the layers is BF16 anyway."""
+    from qnext.kernels.tiles.tile import has_bfloat16
 
-    def __init__(self, model: CausalLM) -> None:
+    if not has_bfloat16():
+        return False
+    layers = [model.model.layers, *([model.mtp] if model.mtp is not None else [])]
+    matrices = [p for part in layers for p in part.parameters() if p.ndim > 1]
+    return all(torch.equal(p.bfloat16().float(), p) for p in matrices)
+
+
+class FusedModel:
+    """All layers of a model for cached sequences, fp32 and no gradients.
+
+    Args:
+        model: whose weights to copy.
+        half: whether prompts multiply in BF16.
+    """
+
+    def __init__(self, model: CausalLM, half: bool) -> None:
         from qnext.kernels.small_batch import loops
+
+        self.half = half
+        self._make_wide = partial(WideModel, model, half)
+        self._final, self._module = model.model.norm, model.mtp
 
         self._loops = loops
         self._norm = (_norm(model.model.norm), model.model.norm.eps)
@@ -64,17 +93,33 @@ class FusedModel:
 
     @staticmethod
     def fits(rows: int, state: ModelState | None = None, batch: PackedBatch | None = None) -> bool:
-        """Whether these rows are for the loops."""
-        if not 0 < rows <= small_batch.MAX_ROWS or torch.is_grad_enabled():
+        """Whether these rows are for the loops; without a batch, for those of few rows."""
+        if not rows or torch.is_grad_enabled():
             return False
-        if batch is None:
-            return True
-        index = batch.index
-        plain = index is not None and not any(part.saves for part in index.rounds)
-        return plain and state is not None and state.plain
+        if batch is None or batch.index is None or state is None:
+            return batch is None and rows <= small_batch.MAX_ROWS
+        if FusedModel._few(rows, batch):
+            return state.plain
+        # Many sequences of a row or two each are for torch; drafts among prompts too.
+        wide = rows >= MIN_STRETCH * len(batch.lengths) and not any(batch.index.provisional)
+        return wide and state.plain
+
+    @cached_property
+    def wide(self) -> WideModel:
+        """For prompts; packed when the first one comes."""
+        return self._make_wide()
+
+    @staticmethod
+    def _few(rows: int, batch: PackedBatch) -> bool:
+        """Whether these rows are for the loops of few rows, which take no snapshots."""
+        assert batch.index is not None
+        snapshots = any(part.saves for part in batch.index.rounds)
+        return rows <= small_batch.MAX_ROWS and not snapshots
 
     def run(self, h: Tensor, batch: PackedBatch, state: ModelState) -> Tensor:
         """All decoder layers and the final norm: embeddings (T, hidden) -> (T, hidden)."""
+        if not self._few(len(h), batch):
+            return self._final(self.wide.run(h, batch, state))
         step = self._step(batch)
         rows = np.array(h.numpy(), order="C")  # updated in place
         for layer, part in zip(self._layers, state.layers, strict=True):
@@ -88,6 +133,10 @@ class FusedModel:
         """The MTP module: embeddings of the next tokens and hidden states -> (T, hidden)."""
         assert self._mtp is not None
         assert state.mtp is not None
+        if not self._few(len(hidden), batch):
+            assert self._module is not None
+            mixed = self._module.mix(embedded, hidden)
+            return self._module.norm(self.wide.run_mtp(mixed, batch, state))
         embed_norm, hidden_norm, fc = self._mix
         eps = self._mtp_norm[1]
         both = np.empty((len(hidden), fc.shape[0]), np.float32)

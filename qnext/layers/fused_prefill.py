@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from qnext.layers.decoder import DecoderLayer
+from qnext.layers.mlp import MLP
 from qnext.layers.model import CausalLM
 from qnext.layers.moe import SparseMoe
 from qnext.layers.norm import RMSNorm
-from qnext.layers.packed import PackedBatch
+from qnext.layers.packed import CacheIndex, PackedBatch
+from qnext.layers.rotary import RotaryEmbedding
 from qnext.layers.state import DeltaState, KVCache, ModelState
+
+MIN_STRETCH = 6
+"""Rows per sequence, on average, from which the tiles pay."""
 
 Part = Callable[[int, int], None]
 
@@ -93,24 +99,45 @@ def _both(first: Part | None, second: Part) -> Part:
 
 @dataclass(slots=True)
 class WideStep:
-    """A packed batch as arrays, the hidden states, and the threads."""
+    """A packed batch as arrays, the hidden states, and the threads.
+
+    Attributes:
+        rows: (T, hidden up to whole vectors) updated in place.
+        bounds: N + 1 bounds of the sequences.
+        new_places: (T,) rows of the new tokens in the flattened KV blocks.
+        places: for every sequence, rows of all its tokens there, past and new.
+        stretches: see ``kernels.tiles.delta.heads``.
+        cos: (T, R).
+        sin: (T, R).
+        threads: how many.
+    """
 
     rows: Any
-    bounds: Any
-    slots: Any
-    pasts: tuple[int, ...]
-    lengths: tuple[int, ...]
+    bounds: tuple[int, ...]
+    new_places: Any
+    places: list[Any]
+    stretches: Any
     cos: Any
     sin: Any
     threads: int
 
     @classmethod
-    def of(cls, batch: PackedBatch, rows: Any, rotary: Any) -> WideStep:
-        assert batch.slots is not None
+    def of(cls, batch: PackedBatch, rows: Any, rotary: RotaryEmbedding) -> WideStep:
+        """Work out everything that the layers share."""
+        index = batch.index
+        assert index is not None
         cos, sin = rotary(batch.positions, torch.float32)
+        tables, places = index.block_tables.numpy(), []
+        for n, (past, new) in enumerate(zip(batch.context_lens, batch.lengths, strict=True)):
+            place = np.arange(index.kv_shift, index.kv_shift + past + new)
+            if tables.shape[1]:
+                size = index.block_size
+                place = tables[n, place // size].astype(np.int64) * size + place % size
+            places.append(place)
+        bounds = tuple(batch.cu_seqlens.tolist())
         return cls(
-            rows, batch.cu_seqlens.numpy(), np.array(batch.slots), batch.context_lens,
-            batch.lengths, cos.numpy(), sin.numpy(), torch.get_num_threads(),
+            rows, bounds, index.slot_mapping.numpy(), places, _stretches(index, bounds),
+            cos.numpy(), sin.numpy(), torch.get_num_threads(),
         )  # fmt: skip
 
     def over_rows(self, part: Part) -> None:
@@ -120,11 +147,19 @@ class WideStep:
         self.run([partial(part, cuts[i], cuts[i + 1]) for i in range(threads)])
 
     def run(self, jobs: list[Callable[[], None]]) -> None:
-        """Run all jobs, the last one here, and wait."""
-        waiting = [_pool(self.threads).submit(job) for job in jobs[:-1]]
-        jobs[-1]()
-        for job in waiting:
-            job.result()
+        """Run all jobs, some of them here, and wait."""
+        shares = [jobs[i :: self.threads] for i in range(min(self.threads, len(jobs)))]
+        waiting = [_pool(self.threads).submit(_all, share) for share in shares[1:]]
+        try:
+            _all(shares[0])
+        finally:
+            for share in waiting:
+                share.result()
+
+
+def _all(jobs: list[Callable[[], None]]) -> None:
+    for job in jobs:
+        job()
 
 
 class WideLayer:
@@ -167,9 +202,9 @@ class WideLayer:
         none, nothing = np.empty((0, 0), self._kind), np.empty(0, self._kind)
         routed: tuple[Any, ...] = (np.empty(0, np.float32), 0, none, none, 0, 1, False)
         shared: tuple[Any, ...] = (nothing, nothing, 0, np.empty(0, np.float32))
-        dense = mlp
+        dense = mlp if isinstance(mlp, MLP) else mlp.shared_expert
         if isinstance(mlp, SparseMoe):
-            dense, inner = mlp.shared_expert, mlp.experts.down_proj.shape[2]
+            inner = mlp.experts.down_proj.shape[2]
             routed = (
                 self._pack(mlp.gate.weight, np.float32), len(mlp.gate.weight),
                 np.stack([self._pack(w) for w in mlp.experts.gate_up_proj]),
@@ -212,13 +247,12 @@ class WideLayer:
             if isinstance(state, KVCache):
                 self._attention.place(
                     u, begin, end, *self._head_norms, self._eps, self._per_head, self._heads,
-                    step.cos, step.sin, places, keys, values,
+                    step.cos, step.sin, step.new_places, keys, values,
                 )  # fmt: skip
 
         if isinstance(state, KVCache):
             keys, values = (x.flatten(0, 1).numpy() for x in (state.k, state.v))
-            places = self._places(step, state)
-            mix = [self._attend(step, state, u, y, keys, values)]
+            mix = [self._attend(step, u, y, keys, values)]
         else:
             mix = self._run_rule(step, state, u, y)
 
@@ -228,32 +262,23 @@ class WideLayer:
 
         return before, mix, after
 
-    def _places(self, step: WideStep, state: KVCache) -> Any:
-        """Cache rows of the new tokens."""
-        capacity = state.k.shape[1]
-        return np.concatenate([
-            slot * capacity + past + np.arange(new)
-            for slot, past, new in zip(step.slots, step.pasts, step.lengths, strict=True)
-        ])  # fmt: skip
-
     def _attend(
-        self, step: WideStep, state: KVCache, u: Any, y: Any, keys: Any, values: Any
+        self, step: WideStep, u: Any, y: Any, keys: Any, values: Any
     ) -> list[Callable[[], None]]:
         """One job per sequence and key head, cut further only if threads would idle."""
-        capacity = state.k.shape[1]
-        pieces = math.ceil(step.threads / (self._kv_heads * len(step.lengths)))
+        pieces = math.ceil(step.threads / (self._kv_heads * len(step.places)))
         jobs: list[Callable[[], None]] = []
-        for n, (slot, past, new) in enumerate(
-            zip(step.slots, step.pasts, step.lengths, strict=True)
-        ):
-            places = slot * capacity + np.arange(past + new)
-            for kv in range(self._kv_heads):
-                for i in range(pieces):
-                    first, last = (_cut(past, new, j, pieces) for j in (i, i + 1))
-                    jobs.append(partial(
-                        self._attention.attend, u, int(step.bounds[n]), new, first, last, places,
-                        keys, values, kv, self._heads, self._per_head, y,
-                    ))  # fmt: skip
+        for n, places in enumerate(step.places):
+            begin, new = step.bounds[n], step.bounds[n + 1] - step.bounds[n]
+            cuts = [_cut(len(places) - new, new, i, pieces) for i in range(pieces + 1)]
+            jobs += [
+                partial(
+                    self._attention.attend, u, begin, new, first, last, places, keys, values, kv,
+                    self._heads, self._per_head, y,
+                )
+                for kv in range(self._kv_heads)
+                for first, last in pairwise(cuts)
+            ]  # fmt: skip
         return jobs
 
     def _run_rule(
@@ -262,14 +287,27 @@ class WideLayer:
         recurrent, conv = state.recurrent_state.numpy(), state.conv_state.numpy()
         threads = min(step.threads, self._heads)
         cuts = [self._heads * i // threads for i in range(threads + 1)]
-        rule = [
+        rule: list[Callable[[], None]] = [
             partial(
-                self._delta.heads, u, *self._rule, step.bounds, step.slots, conv, recurrent, y,
-                cuts[i], cuts[i + 1],
+                self._delta.heads, u, *self._rule, step.stretches, conv, recurrent, y, first, last
             )
-            for i in range(threads)
-        ]  # fmt: skip
-        return [rule, [partial(self._delta.advance_windows, u, step.bounds, step.slots, conv)]]
+            for first, last in pairwise(cuts)
+        ]
+        return [rule, [partial(self._delta.advance_windows, u, step.stretches, conv)]]
+
+
+def _stretches(index: CacheIndex, bounds: tuple[int, ...]) -> Any:
+    """Rows (first row of the sequence, first, last + 1, slot, snapshot slot or -1), in order."""
+    found = []
+    for part in index.rounds:
+        starts, saves = part.cu_seqlens.tolist(), dict(part.saves)
+        rows = part.rows
+        for i, n in enumerate(part.members):
+            count = starts[i + 1] - starts[i]
+            first = rows.start + starts[i] if isinstance(rows, slice) else int(rows[starts[i]])
+            slot = index.slots[n]
+            found.append((bounds[n], first, first + count, slot, saves.get(slot, -1)))
+    return np.array(sorted(found), np.int64).reshape(-1, 5)
 
 
 def _cut(past: int, new: int, part: int, parts: int) -> int:

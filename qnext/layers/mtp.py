@@ -41,7 +41,11 @@ class MTP(nn.Module):
         stats: RouterStats | None = None,
     ) -> Tensor:
         """Embeddings of the next tokens and hidden states, (T, H) each -> (T, H) normed."""
+        x = self.mix(embedded, hidden)
+        return self.norm(self.layers[0](x, batch, rotary, state, stats))
+
+    def mix(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """What the layer gets: fc of both inputs after their norms."""
         e = self.pre_fc_norm_embedding(embedded)
         c = self.pre_fc_norm_hidden(hidden)
-        x = self.fc(torch.cat([e, c], -1))
-        return self.norm(self.layers[0](x, batch, rotary, state, stats))
+        return self.fc(torch.cat([e, c], -1))

@@ -66,6 +66,8 @@ def test_copies_of_the_compiled_loops() -> None:
     pytest.importorskip("numba")
     model = load_model(shipped_model(), dtype="float32", device="cpu")
     assert fuse(model)
+    assert model.fused is not None
+    assert model.fused.wide
     found: dict[int, int] = {}
 
     def walk(thing: Any) -> None:

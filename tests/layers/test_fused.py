@@ -88,7 +88,7 @@ def test_the_loops_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(FusedModel, "run", counted)
     _run(model)
-    assert len(calls) == 5  # all but the prefill of 29 rows
+    assert len(calls) == 6  # the prefill of 29 rows too
 
 
 def test_not_for_biases() -> None:

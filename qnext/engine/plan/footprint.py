@@ -216,15 +216,17 @@ def logits_row_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def compiled_copy_bytes(config: ModelConfig) -> int:
-    """The matrices that ``qnext.layers.fused`` lays out a second time, as bfloat16 bits.
+    """The matrices that the fused layers lay out again.
 
-    The head is copied even where it is tied; weights that bfloat16 cannot hold take twice as much.
+    For decoding as bfloat16 bits, with the head even where it is tied (weights that bfloat16 cannot
+    hold take twice as much); for prompts in fp32, without it (in bfloat16 half as much).
     """
     head = config.vocab_size * config.hidden_size
     tied = head if config.tie_word_embeddings else 0
     matrices = [t for t in disk_tensors(config, fused_experts=True) if len(t.shape) > 1]
     count = sum(t.numel for t in matrices if "embed_tokens" not in t.name and not t.optional)
-    return 2 * (count + tied)
+    untied = 0 if config.tie_word_embeddings else head
+    return 2 * (count + tied) + 4 * (count - untied)
 
 
 def _blocks(count: int, size: int) -> int:

@@ -112,7 +112,10 @@ def attend(
         limit = past + at + positions
         for t in range(positions):
             for r in range(ratio):
-                query, line = u[begin + at + t, (kv * ratio + r) * per_head :], queries[t * ratio + r]
+                query, line = (
+                    u[begin + at + t, (kv * ratio + r) * per_head :],
+                    queries[t * ratio + r],
+                )
                 for i in range(dim):
                     line[i] = narrow(query[i] * scale, y)
         offsets(rows, 0, queries.shape[1], from_q)
@@ -144,7 +147,7 @@ def attend(
 
 
 @compiled
-def _softmax(scores: Array, count: int, weights: Array, padded: int) -> float:
+def _softmax(scores: Array, count: int, weights: Array, padded: int) -> Any:
     """Weights of the first ``count`` scores, not yet divided by their sum, which is returned."""
     top = scores[0]
     for s in range(1, count):

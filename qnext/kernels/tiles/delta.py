@@ -43,18 +43,18 @@ def heads(
     key_heads: int,
     dk: int,
     dv: int,
-    bounds: Array,
-    slots: Array,
+    stretches: Array,
     conv_state: Array,
     recurrent_state: Array,
     y: Array,
     first: int,
     last: int,
 ) -> None:
-    """Value heads ``first`` to ``last`` of every sequence: rows of u (q|k|v, z, b, a) -> y.
+    """Value heads ``first`` to ``last`` of every stretch: rows of u (q|k|v, z, b, a) -> y.
 
-    ``taps`` is (K, C). Recurrent states advance; convolution windows are only read, since other
-    heads may still need them (``advance_windows``).
+    ``taps`` is (K, C). A stretch is (first row of its sequence, first row, one past its last row,
+    slot, slot for a snapshot of its end or -1). Recurrent states advance; convolution windows are
+    only read, since other heads may still need them (``advance_windows``).
     """
     count_heads = len(dt_bias)
     ratio, channels = count_heads // key_heads, taps.shape[1]
@@ -68,13 +68,13 @@ def heads(
     gates = np.empty(_BLOCK, np.float32)
     betas = np.empty(_BLOCK, np.float32)
     work = new_work(rows, columns)
-    for n in range(len(slots)):
-        slot, begin, end = slots[n], bounds[n], bounds[n + 1]
+    for n in range(len(stretches)):
+        begin, start, end, slot, snapshot = stretches[n]
         window = conv_state[slot]
         for head in range(first, last):
             key_at = head // ratio * dk
             state[:dk, :dv] = recurrent_state[slot, head]
-            for t in range(begin, end, _BLOCK):
+            for t in range(start, end, _BLOCK):
                 count = min(_BLOCK, end - t)
                 convolve(u, taps, window, begin, t, count, key_at, dk, queries)
                 convolve(u, taps, window, begin, t, count, key_heads * dk + key_at, dk, keys)
@@ -104,6 +104,8 @@ def heads(
                         normed = line[j] * scale * out_norm[j]
                         target[j] = narrow(normed * z[j] * sigmoid(z[j]), y)
             recurrent_state[slot, head] = state[:dk, :dv]
+            if snapshot >= 0:
+                recurrent_state[snapshot, head] = state[:dk, :dv]
 
 
 @compiled
@@ -253,12 +255,20 @@ def unit_rows(x: Array, count: int, width: int, scale: float) -> None:
 
 
 @compiled
-def advance_windows(u: Array, bounds: Array, slots: Array, conv_state: Array) -> None:
-    """Put the last inputs of every sequence into its convolution window (C, K - 1)."""
-    channels, width = conv_state.shape[1], conv_state.shape[2]
-    for n in range(len(slots)):
-        window, begin, count = conv_state[slots[n]], bounds[n], bounds[n + 1] - bounds[n]
-        for j in range(width):
-            at = count + j - width  # oldest first: a column is read before it is written
-            for c in range(channels):
-                window[c, j] = u[begin + at, c] if at >= 0 else window[c, width + at]
+def advance_windows(u: Array, stretches: Array, conv_state: Array) -> None:
+    """Put the last inputs of every sequence, and of every snapshot, into its window (C, K - 1)."""
+    for n in range(len(stretches)):
+        begin, _, end, slot, snapshot = stretches[n]
+        if snapshot >= 0:
+            _window(u, begin, end, conv_state[slot], conv_state[snapshot])
+        if n + 1 == len(stretches) or stretches[n + 1, 0] != begin:  # the sequence's last one
+            _window(u, begin, end, conv_state[slot], conv_state[slot])
+
+
+@compiled
+def _window(u: Array, begin: int, end: int, old: Array, new: Array) -> None:
+    channels, width = old.shape
+    for j in range(width):
+        at = end - begin + j - width  # oldest first: a column is read before it is written
+        for c in range(channels):
+            new[c, j] = u[begin + at, c] if at >= 0 else old[c, width + at]

@@ -116,7 +116,7 @@ BLOCK = 96
 def norm_rows(
     h: Array, first: int, count: int, weight: Array, eps: float, x: Array, exact: Array
 ) -> None:
-    """RMSNorm of rows of h into the first rows of x (narrowed) and, if it has rows, of ``exact``."""
+    """RMSNorm of rows of h into x (narrowed) and, if it has rows, into ``exact``."""
     width = len(weight)
     for t in range(count):
         row, out = h[first + t], x[t]

@@ -54,7 +54,8 @@ def make_tile(rows: int, vectors: int) -> Any:
     Its arguments: an array whose dtype tells the kind of numbers (uint16 for BF16, or fp32);
     then addresses and counts (intp): a; offsets of its rows (int64, in numbers); b packed,
     (steps, columns) words, each a pair of BF16 numbers or an fp32 number; the columns of a step
-    of b; steps; out (fp32); offsets of its rows. Last an fp32 factor on the old out, 0 to not read it.
+    of b; steps; out (fp32); offsets of its rows. Last an fp32 factor on what is in out, which is
+    not read if that is 0.
     """
 
     @intrinsic
@@ -109,9 +110,7 @@ class _Tile:
                 zero = ir.Constant(_FLOATS, [0.0] * LANES)
                 sums[place].add_incoming(zero if block is entry else old[place], block)
         begin = builder.mul(step, builder.mul(b_columns, _int(4)))
-        right = [
-            self._load(b, builder.add(begin, _int(64 * v)), self.kind) for v in range(vectors)
-        ]
+        right = [self._load(b, builder.add(begin, _int(64 * v)), self.kind) for v in range(vectors)]
         move = builder.mul(step, _int(4))
         left = [self._spread(line, move) for line in lines]
         new = {(r, v): self._multiply(sums[r, v], left[r], right[v]) for r, v in places}
@@ -141,9 +140,7 @@ class _Tile:
 
     def _spread(self, line: Any, offset: Any) -> Any:
         """One word of a, in all lanes."""
-        word = self.builder.load(
-            self._pointer(line, offset, _I32 if self.half else ir.FloatType())
-        )
+        word = self.builder.load(self._pointer(line, offset, _I32 if self.half else ir.FloatType()))
         word.align = 2 if self.half else 4
         return self._everywhere(word, self.kind)
 
