@@ -51,7 +51,10 @@ def run(options: BenchOptions) -> dict[str, Any]:
     """
     if options.against not in (None, "transformers"):
         raise ConfigError(f"peer {options.against!r} is not known", hint="known: transformers")
-    plain = LLM(options.model, dtype=options.dtype, device=options.device)
+    # Without the prefix cache: the peer reads every prompt again too.
+    load = partial(LLM, options.model, dtype=options.dtype, device=options.device,
+                   enable_prefix_caching=False)  # fmt: skip
+    plain = load()
     result: dict[str, Any] = {
         "options": asdict(options),
         "machine": machine(plain.model.device),
@@ -67,8 +70,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
     drafting = {}
     if plain.model.mtp is not None:
         for k in (1, 2, 3):
-            llm = LLM(options.model, dtype=options.dtype, device=options.device,
-                      num_speculative_tokens=k)  # fmt: skip
+            llm = load(num_speculative_tokens=k)
             drafting[k] = llm
             ours[f"mtp{k}_ms"] = partial(_decode_ms, llm, count)
     peers: dict[str, Callable[[], float]] = {}

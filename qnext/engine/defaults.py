@@ -68,9 +68,9 @@ def _ids(value: Any, path: Path) -> tuple[int, ...]:
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
     """The dtype to load in: the one place that decides what "auto" means on which device.
 
-    The checkpoint's own on a GPU. On a CPU fp32: its matrix products are faster there than
-    bfloat16's, bfloat16 checkpoints lose nothing, and decoding reads bfloat16 copies anyway
-    (``qnext.layers.fused``). docs/benchmarks.md has the figures.
+    The checkpoint's own on a GPU. On a CPU fp32: bfloat16 checkpoints lose nothing, torch's
+    bfloat16 is slower for few rows, decoding reads bfloat16 copies anyway, and prompts multiply in
+    bfloat16 where the processor can (``qnext.layers.fused``; not with an explicit "float32").
 
     Raises:
         ConfigError: no floating dtype of that name.
