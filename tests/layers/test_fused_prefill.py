@@ -96,7 +96,7 @@ def test_half_is_near(name: str, threads: int) -> None:
     for want, got in zip(_run(plain), _run(fused), strict=True):
         # Rows whose router flips between near equals may differ more: the mean is what counts.
         apart.append(float((want - got).abs().mean() / want.abs().mean()))
-    assert max(apart) < 3e-2
+    assert max(apart) < 5e-2
     assert max(apart) > 1e-4  # rounding is visible: it is the other path
 
 
