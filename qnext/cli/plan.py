@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnext.cli.training import describe_training
 from qnext.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,12 +74,19 @@ def plan(
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     offline: Annotated[bool, typer.Option(help="Use only what is downloaded.")] = False,
+    train: Annotated[
+        Path | None, typer.Option(help="A training recipe: what it takes on every rank instead.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Devices of --train.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Say what a model takes on a device and whether that fits, from its config alone.
 
     Exit code 1: it does not fit; the nearest settings that do are listed.
     """
+    if train is not None:
+        typer.echo(describe_training(train, ranks, as_json))
+        return
     from qnext.engine.plan import GPUS, gpu_memory, parse_memory, plan_memory
 
     if gpu is not None and memory is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +65,30 @@ def corpus(
         heldout_bytes=heldout_bytes,
     )
     typer.echo(str(shards))
+
+
+def describe_training(recipe: Path, ranks: int, as_json: bool) -> str:
+    """What a recipe takes on every one of ``ranks`` devices: memory, and bytes sent in a step."""
+    from qnext.config import ModelConfig
+    from qnext.hub import resolve_model
+    from qnext.train.config import load_recipe
+    from qnext.train.plan import plan_training, table
+
+    config = load_recipe(recipe, [])
+    if config.init_from is not None:
+        folder = resolve_model(config.init_from, allow_patterns=["config.json"], progress=False)
+        model = ModelConfig.from_pretrained(folder)
+    else:
+        model = ModelConfig.from_dict(config.model)
+    data = config.data
+    made = plan_training(
+        model, config.parallel, ranks=ranks, seq_len=data.seq_len, batch_tokens=data.batch_tokens,
+        micro_batches=data.micro_batches, mtp_depth=config.loss.mtp_depth,
+        muon=config.optimizer.kind == "muon",
+    )  # fmt: skip
+    if as_json:
+        return json.dumps({**asdict(made), "total": made.total})
+    return table({f"{ranks} ranks": made})
 
 
 def _tell_progress() -> None:

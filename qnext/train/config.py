@@ -102,6 +102,8 @@ class ReportConfig(_Section):
 
     tensorboard: bool = True
     """Event files under ``output/tensorboard``, if tensorboard is installed."""
+    plots: bool = True
+    """Pictures and ``report.html`` at the end of a call."""
     wandb_project: str | None = None
     """Project of Weights & Biases; needs the package and, unless offline, an account."""
 

@@ -191,7 +191,7 @@ class Trainer:
             if report is not None:
                 report.close()
         log.info("heldout %s", json.dumps(result.to_dict()))
-        if self.main:
+        if self.main and config.report.plots:
             write_page(self.output, plot(self.output))
         skipped = int(self.optimizer.skipped)
         return TrainResult(

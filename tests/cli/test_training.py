@@ -54,3 +54,16 @@ def test_data_makes_text_tokenizer_and_shards(qnext, tmp_path):
     shards = json.loads((out / "shards/manifest.json").read_text())
     assert shards["train"]["tokens"] > shards["heldout"]["tokens"] > 0
     assert (out / "tokenizer/tokenizer.json").is_file()
+
+
+def test_plan_says_what_a_recipe_takes(qnext):
+    recipe = Path(__file__).resolve().parents[2] / "recipes/next-80b/pretrain.toml"
+    done = qnext("plan", "--train", recipe, "--ranks", 128, "--json")
+    assert done.code == 0
+    made = json.loads(done.out)
+    # A little more than an even share: some rows do not divide.
+    assert 0 <= made["memory"]["masters (FP32)"] - 4 * 81_324_862_720 // 128 < 1e6
+    assert made["total"] == sum(made["memory"].values()) < 80e9
+    assert "| **held in all** |" in qnext("plan", "--train", recipe, "--ranks", 128).out
+    done = qnext("plan", "--train", recipe, "--ranks", 100)
+    assert (done.code, "do not divide" in done.err) == (2, True)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A flat rate does not depend on the number of steps; balance is judged over the micro batches so
 # far, and those come in another order on several ranks.
 WORDS = ["log_every=1", "optimizer.decay_fraction=0", "optimizer.lr=2e-3", "data.micro_batches=4"]
-WORDS += ["loss.load_balance=0", "device=cpu", "report.tensorboard=false"]
+WORDS += ["loss.load_balance=0", "device=cpu"]
 
 
 def _torchrun(ranks: int, recipe: Path, *words: str, restarts: int = 0) -> subprocess.Popen[str]:

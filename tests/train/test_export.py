@@ -20,7 +20,7 @@ from qnext.train.trainer import Trainer
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
     folder = tmp_path_factory.mktemp("export")
     recipe = write_recipe(folder, steps=12)
-    trainer = Trainer(load_recipe(recipe, ["report.tensorboard=false", "optimizer.lr=2e-2"]))
+    trainer = Trainer(load_recipe(recipe, ["optimizer.lr=2e-2"]))
     trainer.run()
     # As the trainer has them, rounded as the export is.
     with torch.no_grad():

@@ -140,3 +140,55 @@ def test_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path, cut: str
 
 def test_there_may_be_nothing_to_resume(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path) is None
+
+
+_KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from qnext.train import main
+import qnext.train.trainer
+
+torch.set_num_threads(1)
+recipe, words, run = sys.argv[1], sys.argv[2:], Path(sys.argv[1]).parent / "run"
+rng = random.Random(5)
+for kind in ("save", "step", "save", "step", "save"):
+    metrics = run / "metrics.jsonl"
+    before = metrics.stat().st_size if metrics.exists() else 0
+    child = os.fork()
+    if child == 0:
+        main(recipe, words)
+        os._exit(0)
+    end = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size > before) and time.monotonic() < end:
+        time.sleep(0.001)
+    if kind == "step":
+        time.sleep(rng.random() * 0.3)
+    else:
+        while not (run / "latest.part").exists() and time.monotonic() < end:
+            pass
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "it ended before it was killed"
+    print(kind, (run / "latest.part").exists(), sorted(p.name for p in run.glob("latest*")))
+"""
+
+
+def test_kills_at_any_moment_change_nothing(tmp_path: Path) -> None:
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    recipe = write_recipe(killed)
+    flat = ["log_every=1", "optimizer.decay_fraction=0"]
+    words = [*flat, "checkpoint_every=1", "optimizer.kind=muon"]
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", _KILLER, str(recipe), *words, "steps=100000"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # At least one kill left a half-written checkpoint behind.
+    assert "save True" in done.stdout
+    found = load_checkpoint(killed / "run")
+    assert found is not None
+    target = f"steps={found[1]['step'] + 3}"
+    assert main(recipe, [*words, target]).finished
+    main(write_recipe(straight), [*words, target])
+    _same_runs(straight, killed)

@@ -28,7 +28,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run to the end."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = write_recipe(folder, steps=60, log_every=10)
-    result = main(recipe, ["eval_every=30"])
+    shown = ["report.tensorboard=true", "report.plots=true"]
+    result = main(recipe, ["eval_every=30", *shown])
     assert result.finished
     assert (result.steps, result.skipped) == (60, 0)
     return folder
@@ -291,6 +292,9 @@ def test_where_the_figures_go(finished: Path) -> None:
     rows = [json.loads(r) for r in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in rows if "loss" in r]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses)
+    page = (finished / "run" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "held-out bits per byte" in page
 
 
 def test_an_absent_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     lines += ["seq_len = 32", "batch_tokens = 128", "micro_batches = 2"]
     lines += ["[optimizer]", "lr = 1e-2", "warmup_steps = 2"]
     lines += ["[loss]", "mtp_depth = 2", "mtp_weight = 0.3"]
+    lines += ["[report]", "tensorboard = false", "plots = false"]  # they take a second each
     file = folder / "recipe.toml"
     file.write_text("\n".join(lines) + "\n")
     return file
