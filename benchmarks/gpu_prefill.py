@@ -38,7 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_decode import Filler
+from decode_model import Filler
 
 from qnext.kernels.attention import cudnn, paged, reference, triton_prefill
 from qnext.kernels.causal_conv import triton_heads
@@ -48,7 +48,7 @@ from qnext.kernels.experts import triton_prefill as moe
 from qnext.kernels.gated_delta import gluon_chunk, triton_chunk
 from qnext.kernels.linear.quantised import fp8_linear, quantise, restore
 from qnext.kernels.linear.reference import dequantise
-from qnext.kernels.norm import triton_quantised as norms
+from qnext.kernels.norm import triton_prefill as norms
 
 H, F, E, TOP, V = 2048, 512, 512, 10, 151936
 HEADS, KV_HEADS, HEAD_DIM, ROTARY = 16, 2, 256, 64

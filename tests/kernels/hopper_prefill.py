@@ -36,12 +36,12 @@ def moe() -> None:
 
 def norms() -> None:
     from qnext.kernels.causal_conv import triton_heads
-    from qnext.kernels.norm import triton_quantised
+    from qnext.kernels.norm import triton_prefill
 
     x, w = torch.empty(256, H, dtype=BF16), torch.empty(H, dtype=BF16)
-    triton_quantised.norm_quantised(x, w, 1e-6, x)
+    triton_prefill.norm_quantised(x, w, 1e-6, x)
     o, z = torch.empty(256, 32, 128, dtype=BF16), torch.empty(256, 12288, dtype=BF16)
-    triton_quantised.gated_norm_quantised(o, z[:, 8192:], w[:128], 1e-6)
+    triton_prefill.gated_norm_quantised(o, z[:, 8192:], w[:128], 1e-6)
     cu, gates = torch.tensor([0, 256], dtype=I32), torch.empty(32)
     triton_heads.delta_inputs(
         z[:, :8192], torch.empty(256, 64, dtype=BF16), torch.empty(8192, 4, dtype=BF16), gates,

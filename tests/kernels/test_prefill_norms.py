@@ -14,7 +14,7 @@ from qnext.kernels.causal_conv import triton_heads
 from qnext.kernels.causal_conv.reference import causal_conv
 from qnext.kernels.linear.quantised import fp8_linear, quantise, restore
 from qnext.kernels.linear.reference import dequantise
-from qnext.kernels.norm import reference, triton_quantised
+from qnext.kernels.norm import reference, triton_prefill
 
 #: Error of FP8 rows here. The interpreter drops a carry into the exponent (0.99 becomes 0.5), so
 #: that it is about twice the 0.026 of right rounding; the GPU benchmark holds the tighter limit.
@@ -49,20 +49,20 @@ def test_norm_quantised(rows, width, add):
     torch.manual_seed(0)
     x, w = torch.randn(rows, width + 8)[:, :width], torch.randn(width) * 0.1
     residual = torch.randn(rows, width) if add else None
-    total, normed, small, scales = triton_quantised.norm_quantised(x, w, 1e-6, residual)
+    total, normed, small, scales = triton_prefill.norm_quantised(x, w, 1e-6, residual)
     want = x if residual is None else x + residual
     assert torch.equal(total, want)
     assert relative(normed, reference.rms_norm(want, w, 1e-6)) < 1e-6
     assert relative(scales, quantise(normed)[1]) < 1e-6
     assert relative(restore(small, scales), normed) < FP8_ERROR
-    assert len(triton_quantised.norm_quantised(x, w, 1e-6, residual, keep=False)[1]) == 0
+    assert len(triton_prefill.norm_quantised(x, w, 1e-6, residual, keep=False)[1]) == 0
 
 
 def test_gated_norm_quantised():
     torch.manual_seed(0)
     x, w = torch.randn(37, 2, 128), torch.randn(128)
     z = torch.randn(37, 300)[:, :256]
-    small, scales = triton_quantised.gated_norm_quantised(x, z, w, 1e-6)
+    small, scales = triton_prefill.gated_norm_quantised(x, z, w, 1e-6)
     want = reference.gated_rms_norm(x, z.reshape(37, 2, 128), w, 1e-6).flatten(1)
     assert relative(scales, quantise(want)[1]) < 1e-5
     assert relative(restore(small, scales), want) < FP8_ERROR

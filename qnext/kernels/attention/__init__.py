@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from qnext.errors import KernelError
 from qnext.kernels.attention import reference
 from qnext.kernels.select import use_triton
 
-__all__ = ["paged_attention", "varlen_attention"]
+__all__ = ["decode_attention", "paged_attention", "varlen_attention"]
 
 
 def varlen_attention(
@@ -80,3 +81,55 @@ def paged_attention(
         if paged.covers(q):
             return paged.paged_attention(*args)
     return reference.paged_attention(*args)
+
+
+def decode_attention(
+    qkv: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    rotary: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    heads: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The whole mixer between its projections, for a few new tokens over a paged cache.
+
+    Norms and rotates queries and keys, writes the new keys and values to the cache, attends
+    causally over cached and new tokens, and applies the output gate (spec section 3).
+
+    Args:
+        qkv: (N*R, heads*2*D + 2*Hkv*D) as the projections give it: per head query and gate, then
+            keys, then values; R new tokens of each of N sequences, 1 <= R <= 9.
+        q_norm: (D,) zero-centred norm weight.
+        k_norm: (D,) zero-centred norm weight.
+        rotary: (N*R, rotary_dim) fp32, cosines and then sines of each new token's position.
+        k_cache: (num_blocks, block_size, Hkv, D), written in place.
+        v_cache: (num_blocks, block_size, Hkv, D), written in place.
+        block_tables: (N, B) int32; token p of sequence n lies in block ``block_tables[n, p //
+            block_size]`` at row ``p % block_size``. Must cover the new tokens.
+        context_lens: (N,) int32 tokens of each sequence in the cache before this call.
+        heads: query heads.
+        eps: of the norms.
+
+    Returns:
+        (N*R, heads*D) in the dtype of ``qkv``.
+
+    Raises:
+        KernelError: rows that are no multiple of the sequences, or more than 9 of each.
+    """
+    n = block_tables.shape[0]
+    if qkv.shape[0] % n or not 1 <= qkv.shape[0] // n <= 9:
+        raise KernelError(
+            f"decode attention: {qkv.shape[0]} new tokens of {n} sequences",
+            hint="every sequence brings the same 1 to 9 new tokens; longer pieces are prefill",
+        )
+    args = (qkv, q_norm, k_norm, rotary, k_cache, v_cache, block_tables, context_lens)
+    if use_triton(qkv):
+        from qnext.kernels.attention import triton_decode
+
+        return triton_decode.decode_attention(*args, heads=heads, eps=eps)
+    return reference.decode_attention(*args, heads=heads, eps=eps)

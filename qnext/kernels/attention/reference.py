@@ -68,3 +68,46 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         enable_gqa=heads != kv_heads,
     )
     return out.squeeze(0).transpose(0, 1)
+
+
+def _norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> Tensor:
+    """Zero-centred RMSNorm and half-split rotation of x (R, heads, D), in fp32."""
+    x = x.float()
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + weight.float())
+    cos, sin = (t[:, None] for t in rotary.float().chunk(2, -1))
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def decode_attention(
+    qkv: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    rotary: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    heads: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """See the contract in ``qnext.kernels.attention``; one sequence after the other."""
+    n, (_, size, kv_heads, d) = len(block_tables), k_cache.shape
+    r = len(qkv) // n
+    out = qkv.new_empty(n * r, heads * d)
+    for i, past in enumerate(context_lens.tolist()):
+        rows, turn = qkv[i * r : (i + 1) * r], rotary[i * r : (i + 1) * r]
+        query, gate = rows[:, : heads * 2 * d].reshape(r, heads, 2 * d).split(d, -1)
+        key, value = rows[:, heads * 2 * d :].reshape(r, 2, kv_heads, d).unbind(1)
+        q = _norm_rotate(query, q_norm, turn, eps).to(qkv.dtype)
+        position = torch.arange(past + r, device=qkv.device)
+        block, row = block_tables[i].long()[position // size], position % size
+        k_cache[block[past:], row[past:]] = _norm_rotate(key, k_norm, turn, eps).to(k_cache.dtype)
+        v_cache[block[past:], row[past:]] = value.to(v_cache.dtype)
+        k, v = k_cache[block, row].to(q.dtype), v_cache[block, row].to(q.dtype)
+        mixed = attend(q, k, v, d**-0.5).reshape(r, -1).float()
+        mixed = mixed * gate.reshape(r, -1).float().sigmoid()
+        out[i * r : (i + 1) * r] = mixed.to(out.dtype)
+    return out

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext.kernels.attention.triton_decode import _norm_rotate
-from qnext.kernels.norm.triton_quantised import FP8, store_fp8
+from qnext.kernels.norm.triton_prefill import FP8, store_fp8
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from qnext.kernels.experts.triton_prefill import Routing
 from qnext.kernels.hopper import barrier, load_rows
-from qnext.kernels.norm.triton_quantised import FP8
+from qnext.kernels.norm.triton_prefill import FP8
 
 ROWS = 128
 #: Stages of rows and weights of gate and up, and of the rows of down.

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qnext.kernels.norm.triton_quantised import FP8, norm_row, store_fp8
+from qnext.kernels.norm.triton_prefill import FP8, norm_row, store_fp8
 
 #: Choices per program of ``_place``.
 PLACED = 1024

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qnext.kernels.linear.triton import prefetch_l2
+from qnext.kernels.norm.triton_quantise import quantise
 
 
 @triton.jit
@@ -35,8 +36,10 @@ def _silu(x):
 @triton.jit
 def _decode_head(
     qkv, z, b, a, ring, conv_weight, A_log, dt_bias, norm_weight, state, slots, positions, out,
-    s_qkv, s_z, s_b, s_a, eps,
-    HK: tl.constexpr, RATIO: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PDL: tl.constexpr,
+    scale, s_qkv, s_z, s_b, s_a, s_part, s_wide, eps,
+    HK: tl.constexpr, RATIO: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    PARTS: tl.constexpr, WIDE: tl.constexpr, QUANTISE: tl.constexpr, FETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -52,11 +55,13 @@ def _decode_head(
     if slot < 0:
         if PDL:
             gdc_wait()
-        tl.store(out + (n * HV + h) * DV + e, tl.zeros([DV], out.dtype.element_ty))
+        tl.store(out + (n * HV + h) * DV + e, tl.zeros([DV], tl.float32).to(out.dtype.element_ty))
+        if QUANTISE:
+            tl.store(scale + n * HV + h, 1.0)
         return
     state += (slot * HV + h) * (DK * DV)
     ring += slot * (C * 4)
-    if PDL:
+    if PDL and FETCH:
         # last written a step ago: more programs lie between than the GPU can hold
         size: tl.constexpr = DK * DV * state.dtype.element_ty.primitive_bitwidth // 8
         prefetch_l2(state, size)
@@ -78,8 +83,18 @@ def _decode_head(
     nk = tl.load(qkv + n * s_qkv + ck)
     nv = tl.load(qkv + n * s_qkv + cv)
     gate = tl.load(z + n * s_z + h * DV + e).to(tl.float32)
-    beta = tl.sigmoid(tl.load(b + n * s_b + h).to(tl.float32))
-    dt = tl.load(a + n * s_a + h).to(tl.float32) + shift
+    for p in tl.static_range(1, WIDE):
+        nq += tl.load(qkv + p * s_wide + n * s_qkv + cq)
+        nk += tl.load(qkv + p * s_wide + n * s_qkv + ck)
+        nv += tl.load(qkv + p * s_wide + n * s_qkv + cv)
+        gate += tl.load(z + p * s_wide + n * s_z + h * DV + e)
+    open_ = tl.load(b + n * s_b + h).to(tl.float32)
+    dt = tl.load(a + n * s_a + h).to(tl.float32)
+    for p in tl.static_range(1, PARTS):
+        open_ += tl.load(b + p * s_part + n * s_b + h)
+        dt += tl.load(a + p * s_part + n * s_a + h)
+    beta = tl.sigmoid(open_)
+    dt += shift
     # loaded last: Triton gives the products the layout of the last load
     where = state + d[:, None] * DV + e[None, :]
     S = tl.load(where).to(tl.float32)
@@ -98,7 +113,12 @@ def _decode_head(
     o = read + tl.sum(q * k, 0) * delta
     S = S * decay + k[:, None] * delta[None, :]
     o *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * w * _silu(gate)
-    tl.store(out + (n * HV + h) * DV + e, o.to(out.dtype.element_ty))
+    if QUANTISE:  # a head is one group
+        o, group = quantise(o, 0)
+        tl.store(scale + n * HV + h, group)
+        tl.store(out + (n * HV + h) * DV + e, o)
+    else:
+        tl.store(out + (n * HV + h) * DV + e, o.to(out.dtype.element_ty))
     tl.store(where, S.to(state.dtype.element_ty))
     column = position % 4
     writes = (d * 0 + h) % RATIO == 0
@@ -130,13 +150,16 @@ def fused_decode_ring(
     eps: float,
     *,
     out: Tensor | None = None,
+    scale: Tensor | None = None,
     warps: int = 4,
     pdl: bool = False,
 ) -> Tensor:
     """``triton_recurrent.fused_decode`` with the window of the convolution in a ring.
 
     Args:
-        mixed_qkv, z, b, a: projections, (N, C), (N, Hv * dv), (N, Hv), (N, Hv), rows strided.
+        mixed_qkv, z: projections, (N, C), (N, Hv * dv), rows strided; or (P, N, ..) fp32 terms
+            to add up.
+        b, a: (N, Hv), rows strided; or (P, N, Hv) fp32 terms.
         conv_ring: (slots, C, 4) last inputs of the convolution; that of position p is in column
             p % 4 (``ring_of``).
         conv_weight, A_log, dt_bias, norm_weight: as there.
@@ -146,17 +169,24 @@ def fused_decode_ring(
             the kernel before has finished: a captured step may change them only at its end.
         eps: of the gated norm.
         out: (N, Hv * dv), else new.
+        scale: (N, Hv) fp32; with it ``out`` is e4m3, quantised by heads of 128 channels.
         warps: launch choice; with more threads than columns Triton would load each column in
             every thread that uses it.
         pdl: launch with programmatic stream serialization.
     """
     heads, dk, dv = recurrent_state.shape[1:]
     key_heads = (conv_weight.shape[0] - heads * dv) // (2 * dk)
-    out = mixed_qkv.new_empty(len(z), heads * dv) if out is None else out
-    _decode_head[(heads, len(z))](
+    n = z.shape[-2]
+    if out is None:
+        out = mixed_qkv.new_empty(n, heads * dv)
+    # more than fits into L2 would push out what it fetched before it is read
+    fetch = n * recurrent_state[0].numel() * recurrent_state.element_size() <= 20 << 20
+    _decode_head[(heads, n)](
         mixed_qkv, z, b, a, conv_ring, conv_weight, A_log, dt_bias, norm_weight, recurrent_state,
-        slot_ids, positions, out, mixed_qkv.stride(0), z.stride(0), b.stride(0), a.stride(0), eps,
-        HK=key_heads, RATIO=heads // key_heads, DK=dk, DV=dv, PDL=pdl, num_warps=warps,
-        launch_pdl=pdl,
+        slot_ids, positions, out, out if scale is None else scale, mixed_qkv.stride(-2),
+        z.stride(-2), b.stride(-2), a.stride(-2), b.stride(0), mixed_qkv.stride(0), eps,
+        HK=key_heads, RATIO=heads // key_heads, DK=dk, DV=dv,
+        PARTS=b.shape[0] if b.ndim == 3 else 1, WIDE=z.shape[0] if z.ndim == 3 else 1,
+        QUANTISE=scale is not None, FETCH=fetch, PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
