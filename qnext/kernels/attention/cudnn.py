@@ -60,10 +60,12 @@ def attend(
     kv_shift: int = 0,
 ) -> Tensor:
     """New tokens q (T, H, D) of one sequence whose rows, the new ones too, are in the cache."""
-    stop = kv_shift + past + len(q)
-    k, v = (gather(cache, table, kv_shift, stop, q.dtype) for cache in (k_cache, v_cache))
+    pieces = powers(len(q), LONGEST, SHORTEST)
+    stop = kv_shift + past + sum(pieces)
+    if pieces:
+        k, v = (gather(cache, table, kv_shift, stop, q.dtype) for cache in (k_cache, v_cache))
     outputs, start = [], 0
-    for size in powers(len(q), LONGEST, SHORTEST):
+    for size in pieces:
         outputs.append(_piece(q[start : start + size], k, v, past + start, scale))
         start += size
     if start < len(q):
