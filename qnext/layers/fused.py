@@ -7,8 +7,11 @@ here; prompts go through ``qnext.layers.fused_prefill``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -100,7 +103,7 @@ class FusedModel:
             return batch is None and rows <= small_batch.MAX_ROWS
         if FusedModel._few(rows, batch):
             return state.plain
-        # Many sequences of a row or two each are for torch; drafts among prompts too.
+        # Drafts among prompts, and snapshots of a few rows, are for torch.
         wide = rows >= MIN_STRETCH * len(batch.lengths) and not any(batch.index.provisional)
         return wide and state.plain
 
@@ -111,10 +114,10 @@ class FusedModel:
 
     @staticmethod
     def _few(rows: int, batch: PackedBatch) -> bool:
-        """Whether these rows are for the loops of few rows, which take no snapshots."""
+        """Whether these rows are for the loops of few rows a sequence, which take no snapshots."""
         assert batch.index is not None
-        snapshots = any(part.saves for part in batch.index.rounds)
-        return rows <= small_batch.MAX_ROWS and not snapshots
+        few = rows <= small_batch.MAX_ROWS or rows < MIN_STRETCH * len(batch.lengths)
+        return few and not any(part.saves for part in batch.index.rounds)
 
     def run(self, h: Tensor, batch: PackedBatch, state: ModelState) -> Tensor:
         """All decoder layers and the final norm: embeddings (T, hidden) -> (T, hidden)."""
@@ -122,10 +125,29 @@ class FusedModel:
             return self._final(self.wide.run(h, batch, state))
         step = self._step(batch)
         rows = np.array(h.numpy(), order="C")  # updated in place
-        for layer, part in zip(self._layers, state.layers, strict=True):
-            layer(rows, step, part)
-        self._loops.rms_norm(rows, *self._norm, rows)
+        pairs = list(zip(self._layers, state.layers, strict=True))
+        kept = [layer.room(step, held) for layer, held in pairs]
+
+        def run(part: slice, step: FusedStep) -> None:
+            own = rows[part]
+            for (layer, held), room in zip(pairs, kept, strict=True):
+                layer(own, step, held, [array[part] for array in room])
+            self._loops.rms_norm(own, *self._norm, own)
+
+        self._in_parts(step, run)
+        for held, room in zip(state.layers, kept, strict=True):
+            if isinstance(held, DeltaState):
+                held.pending = step.pending(room)
         return torch.from_numpy(rows)
+
+    def _in_parts(self, step: FusedStep, run: Callable[[slice, FusedStep], None]) -> None:
+        """Share sequences out over threads: none looks at another's rows."""
+        threads = torch.get_num_threads() if len(step.cos) > small_batch.MAX_ROWS else 1
+        (first, *others) = step.split(threads)
+        jobs = [_pool(threads).submit(run, *part) for part in others]
+        run(*first)
+        for job in jobs:
+            job.result()
 
     def run_mtp(
         self, embedded: Tensor, hidden: Tensor, batch: PackedBatch, state: ModelState
@@ -146,9 +168,15 @@ class FusedModel:
             np.ascontiguousarray(hidden.numpy()), hidden_norm, eps, both[:, width:]
         )
         rows = np.empty((len(hidden), width), np.float32)
-        self._loops.linear(both, fc, rows)
-        self._mtp(rows, self._step(batch), state.mtp)
-        self._loops.rms_norm(rows, *self._mtp_norm, rows)
+        module, cache = self._mtp, state.mtp
+
+        def run(part: slice, step: FusedStep) -> None:
+            own = rows[part]
+            self._loops.linear(both[part], fc, own)
+            module(own, step, cache, [])
+            self._loops.rms_norm(own, *self._mtp_norm, own)
+
+        self._in_parts(self._step(batch), run)
         return torch.from_numpy(rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -185,6 +213,34 @@ class FusedStep:
     cos: Any
     sin: Any
     provisional: Any
+
+    def split(self, count: int) -> list[tuple[slice, FusedStep]]:
+        """Up to ``count`` runs of sequences with about equally many rows each, and their rows."""
+        if count == 1:
+            return [(slice(0, len(self.cos)), self)]
+        marks = np.linspace(0, len(self.cos), count + 1)
+        ends = sorted({int(np.argmin(abs(self.bounds - mark))) for mark in marks})
+        parts = []
+        for a, b in pairwise(ends):
+            rows = slice(int(self.bounds[a]), int(self.bounds[b]))
+            part = FusedStep(
+                self.batch, self.bounds[a : b + 1] - self.bounds[a], self.slots[a:b],
+                self.tables[a:b], self.pasts[a:b], self.shift, self.cos[rows], self.sin[rows],
+                self.provisional[a:b],
+            )  # fmt: skip
+            parts.append((rows, part))
+        return parts
+
+    def pending(self, kept: list[Any]) -> list[Pending]:
+        """What provisional rows left behind in the arrays of ``FusedLayer.room``."""
+        index = self.batch.index
+        assert index is not None
+        arrays = [torch.from_numpy(array) for array in kept]
+        return [
+            Pending(part, *(array[part.rows] for array in arrays))
+            for part in index.rounds
+            if part.provisional and kept
+        ]
 
 
 class FusedLayer:
@@ -240,10 +296,21 @@ class FusedLayer:
                 _matrix(p.weight) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
             )
 
-    def __call__(self, rows: Any, step: FusedStep, state: KVCache | DeltaState) -> None:
+    def room(self, step: FusedStep, state: KVCache | DeltaState) -> list[Any]:
+        """Arrays k, v, g, beta, qkv for what provisional rows leave behind; none without any."""
+        if not isinstance(state, DeltaState) or not step.provisional.any():
+            return []
+        key_heads, dk, dv = self._shape
+        heads, channels, rows = len(self._mixer[3]), state.conv_state.shape[1], len(step.cos)
+        shapes = ((key_heads, dk), (heads, dv), (heads,), (heads,), (channels,))
+        return [np.empty((rows, *shape), np.float32) for shape in shapes]
+
+    def __call__(
+        self, rows: Any, step: FusedStep, state: KVCache | DeltaState, kept: list[Any]
+    ) -> None:
         """Run the layer on (T, hidden) in place; the state advances as in the layer itself."""
         if isinstance(state, DeltaState):
-            self._delta_net(rows, step, state)
+            self._delta_net(rows, step, state, kept)
         else:
             self._loops.attention(
                 rows, self._mixer_norm, *self._mixer, self._eps, self._gated, step.cos, step.sin,
@@ -255,31 +322,23 @@ class FusedLayer:
         else:
             self._loops.mlp(rows, self._mlp_norm, *self._mlp, self._eps)
 
-    def _delta_net(self, rows: Any, step: FusedStep, state: DeltaState) -> None:
+    def _delta_net(self, rows: Any, step: FusedStep, state: DeltaState, kept: list[Any]) -> None:
         recurrent, conv = state.recurrent_state.numpy(), state.conv_state.numpy()
-        state.pending = []
-        kept = 0
-        if step.provisional.any():
-            kept = len(rows)
-        qkv = np.empty((kept, conv.shape[1]), np.float32)
         key_heads, dk, dv = self._shape
-        heads = recurrent.shape[1]
-        k = np.empty((kept, key_heads, dk), np.float32)
-        v = np.empty((kept, heads, dv), np.float32)
-        g, beta = np.empty((2, kept, heads), np.float32)
+        heads, channels = recurrent.shape[1], conv.shape[1]
+        if not kept:
+            shapes = ((0, key_heads, dk), (0, heads, dv), (0, heads), (0, heads), (0, channels))
+            kept = [np.empty(shape, np.float32) for shape in shapes]
+        k, v, g, beta, qkv = kept
         self._loops.delta_net(
             rows, self._mixer_norm, *self._mixer, self._eps, *self._shape, step.bounds,
             step.slots, conv, recurrent, step.provisional, qkv, k, v, g, beta,
         )  # fmt: skip
-        if kept:
-            index = step.batch.index
-            assert index is not None
-            arrays = [torch.from_numpy(x) for x in (k, v, g, beta, qkv)]
-            state.pending = [
-                Pending(part, *(x[part.rows] for x in arrays))
-                for part in index.rounds
-                if part.provisional
-            ]
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="qnext-sequences")
 
 
 def _array(weight: Tensor) -> Any:

@@ -76,6 +76,48 @@ def test_fused_equals_torch(name: str, rounded: bool) -> None:
         assert (want - got).abs().max() < 2e-5 * max(1.0, float(want.abs().max()))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_sequences_are_shared_out_over_threads(threads: int) -> None:
+    """Thirteen sequences decode, verify and draft: more rows than one thread takes alone."""
+    plain, fused = (_model({}, rounded=True) for _ in range(2))
+    assert fuse(fused)
+    count = 13
+    ids = torch.arange(4 * count * 8) % plain.config.vocab_size
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = []
+        for model in (plain, fused):
+            rows = []
+            with torch.inference_mode():
+                state, past = model.new_state(count, 64), [5] * count
+                batch = state.batch(past, slots=range(count))
+                model.hidden_states(ids[: 5 * count], batch, state)
+                for step in range(3):
+                    lengths = [1 + (n + step) % 3 * (step > 0) for n in range(count)]
+                    flags = [step == 2 and n % 2 == 0 for n in range(count)]
+                    where: dict[str, Any] = {"context_lens": past, "slots": range(count)}
+                    batch = state.batch(lengths, **where, provisional=flags)
+                    some = ids[100 * step : 100 * step + sum(lengths)]
+                    hidden = model.hidden_states(some, batch, state)
+                    drafts = state.batch(lengths, **where, kv_shift=1)
+                    rows += [hidden, model.draft_states(hidden, some, drafts, state)]
+                    kept = [
+                        1 + n % length if flag else length
+                        for n, (length, flag) in enumerate(zip(lengths, flags, strict=True))
+                    ]
+                    if step == 2:
+                        state.commit(batch, kept)
+                    past = [p + k for p, k in zip(past, kept, strict=True)]
+                batch = state.batch([1] * count, context_lens=past, slots=range(count))
+                rows.append(model.hidden_states(ids[:count], batch, state))
+            found.append(rows)
+    finally:
+        torch.set_num_threads(before)
+    for want, got in zip(*found, strict=True):
+        assert (want - got).abs().max() < 2e-5 * max(1.0, float(want.abs().max()))
+
+
 def test_the_loops_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model({}, rounded=True)
     assert fuse(model)
