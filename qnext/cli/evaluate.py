@@ -25,6 +25,13 @@ def evaluate(
     needle: Annotated[
         str | None, typer.Option(help="Lengths for the needle test, such as 512,2048.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, such as hellaswag,arc_easy.")
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="Folder with task files of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most documents per task.")] = None,
     trials: Annotated[int, typer.Option(help="Needles per length and depth.")] = 4,
     dtype: session.Dtype = "auto",
     device: session.Device = "auto",
@@ -33,8 +40,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Score a model: nats and bits per byte of text, accepted MTP drafts, recall over length."""
-    if not (shards or text or needle):
-        raise RequestError("nothing to evaluate", hint="give --shards, --text or --needle")
+    if not (shards or text or needle or tasks):
+        hint = "give --shards, --text, --needle or --tasks"
+        raise RequestError("nothing to evaluate", hint=hint)
     from qnext.checkpoint import load_model
     from qnext.hub import resolve_model
     from qnext.text import Tokenizer
@@ -54,6 +62,10 @@ def evaluate(
         tokenizer = Tokenizer.from_pretrained(folder)
         places = find_needles(loaded, tokenizer, lengths, trials=trials)
         result["needle"] = [place.to_dict() for place in places]
+    if tasks:
+        from qnext.cli.harness import run_tasks
+
+        result["tasks"] = run_tasks(loaded, folder, tasks.split(","), include_path, limit)
     typer.echo(json.dumps(result) if as_json else table(result))
 
 
@@ -73,6 +85,9 @@ def table(result: dict[str, Any]) -> str:
         if value is not None:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
             lines.append(f"{name.replace('_', ' '):20} {shown}")
+    for task, values in result.get("tasks", {}).items():
+        for name, value in values.items():
+            lines.append(f"{task} {name.partition(',')[0]:20} {value:.4f}")
     places = result.get("needle", [])
     if places:
         depths = sorted({place["depth"] for place in places})

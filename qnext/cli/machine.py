@@ -29,6 +29,7 @@ OPTIONAL = {
     "datasets": "train",
     "pyarrow": "train",
     "tensorboard": "train",
+    "lm_eval": "eval",
     "modelscope": "hub",
     "kagglehub": "hub",
     "transformers": "test",

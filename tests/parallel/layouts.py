@@ -89,9 +89,38 @@ def spread(
     return total.item(), grads, batches
 
 
+def check_first_weights(folder: Path) -> None:
+    """Drawn or read in parts, the weights are those of one process; put together they are whole."""
+    from qnext.checkpoint import load_model, save_model
+    from qnext.parallel.data import whole
+    from qnext.train.build import build_objective, gathered
+    from qnext.train.config import TrainConfig
+
+    if dist.get_rank() == 0:
+        save_model(fresh().model.bfloat16(), folder)
+    dist.barrier()
+    words = {"output": "", "data": {"shards": "x", "tokenizer": "x", "batch_tokens": 1},
+             "optimizer": {"lr": 1}, "steps": 1, "seed": 9}  # fmt: skip
+    parallel = {"expert_parallel_size": 2, "tensor_parallel_size": 2}
+    drawn = build_model(CONFIG, seed=9)
+    given = load_model(folder, dtype="float32", device="cpu")
+    for start, model in (({"model": {"a": 1}}, drawn), ({"init_from": str(folder)}, given)):
+        config = TrainConfig(**words, **start, parallel=parallel)
+        mesh = Mesh.of(config.parallel, torch.device("cpu"))
+        made = build_objective(config, CONFIG, mesh, torch.device("cpu"), torch.float32)
+        for name, param in made.model.named_parameters():
+            assert torch.equal(whole(param), dict(model.named_parameters())[name]), name
+        copy = gathered(made.model, dist.get_rank() == 0)
+        assert (copy is not None) == (dist.get_rank() == 0)
+        if copy is not None:
+            for name, param in copy.named_parameters():
+                assert torch.equal(param, dict(model.named_parameters())[name].bfloat16()), name
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
+    check_first_weights(Path(os.environ["OUT"]).with_suffix(".model"))
     results, known = {}, {}
     for spec in sys.argv[1:]:
         sizes = dict(part.split("=") for part in spec.split(",") if part)
