@@ -7,7 +7,7 @@ here; prompts go through ``qnext.layers.fused_prefill``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -26,7 +26,7 @@ from qnext.layers.model import CausalLM
 from qnext.layers.moe import SparseMoe
 from qnext.layers.norm import RMSNorm
 from qnext.layers.packed import PackedBatch
-from qnext.layers.state import DeltaState, KVCache, ModelState, Pending
+from qnext.layers.state import DeltaState, KVCache, ModelState
 
 
 def fuse(model: CausalLM, *, half: bool = False) -> bool:
@@ -137,7 +137,7 @@ class FusedModel:
         self._in_parts(step, run)
         for held, room in zip(state.layers, kept, strict=True):
             if isinstance(held, DeltaState):
-                held.pending = step.pending(room)
+                held.pending, held.replay = [], step.replay(room, held)
         return torch.from_numpy(rows)
 
     def _in_parts(self, step: FusedStep, run: Callable[[slice, FusedStep], None]) -> None:
@@ -194,7 +194,7 @@ class FusedModel:
         index = batch.index
         assert index is not None
         return FusedStep(
-            batch, batch.cu_seqlens.numpy(), np.array(index.slots), index.block_tables.numpy(),
+            batch.cu_seqlens.numpy(), np.array(index.slots), index.block_tables.numpy(),
             np.array(batch.context_lens), index.kv_shift, self._table[0, positions],
             self._table[1, positions], np.array(index.provisional),
         )  # fmt: skip
@@ -204,7 +204,6 @@ class FusedModel:
 class FusedStep:
     """A packed batch as arrays: where the past of each sequence is, cos and sin of every row."""
 
-    batch: PackedBatch
     bounds: Any
     slots: Any
     tables: Any
@@ -224,23 +223,26 @@ class FusedStep:
         for a, b in pairwise(ends):
             rows = slice(int(self.bounds[a]), int(self.bounds[b]))
             part = FusedStep(
-                self.batch, self.bounds[a : b + 1] - self.bounds[a], self.slots[a:b],
+                self.bounds[a : b + 1] - self.bounds[a], self.slots[a:b],
                 self.tables[a:b], self.pasts[a:b], self.shift, self.cos[rows], self.sin[rows],
                 self.provisional[a:b],
             )  # fmt: skip
             parts.append((rows, part))
         return parts
 
-    def pending(self, kept: list[Any]) -> list[Pending]:
-        """What provisional rows left behind in the arrays of ``FusedLayer.room``."""
-        index = self.batch.index
-        assert index is not None
-        arrays = [torch.from_numpy(array) for array in kept]
-        return [
-            Pending(part, *(array[part.rows] for array in arrays))
-            for part in index.rounds
-            if part.provisional and kept
-        ]
+    def replay(self, kept: list[Any], state: DeltaState) -> Callable[[Sequence[int]], None] | None:
+        """Advances a state over accepted rows, from the arrays of ``FusedLayer.room``."""
+        if not kept:
+            return None
+        from qnext.kernels.small_batch import loops
+
+        recurrent, conv = state.recurrent_state.numpy(), state.conv_state.numpy()
+        where = (self.bounds, self.slots, self.provisional, conv, recurrent)
+
+        def run(accepted: Sequence[int]) -> None:
+            loops.replay(*kept, *where, np.array(accepted))
+
+        return run
 
 
 class FusedLayer:

@@ -12,7 +12,7 @@ differently. Row 0 of the MTP layer is never used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -85,11 +85,13 @@ class DeltaState:
         recurrent_state: (slots, Hv, dk, dv) fp32.
         conv_state: (slots, C, K - 1), the last inputs of the convolution.
         pending: what the provisional rows of the last batch put in.
+        replay: does the same as ``pending`` in a compiled loop, where one kept the inputs.
     """
 
     recurrent_state: Tensor
     conv_state: Tensor
     pending: list[Pending] = field(default_factory=list)
+    replay: Callable[[Sequence[int]], None] | None = None
 
     def reset(self, slot: int) -> None:
         """Put a slot back to the start of a sequence."""
@@ -103,6 +105,9 @@ class DeltaState:
 
     def commit(self, slots: Sequence[int], accepted: Sequence[int]) -> None:
         """Advance each provisional sequence n over its first ``accepted[n]`` rows."""
+        if self.replay is not None:
+            self.replay(accepted)
+            self.replay = None
         for pending in self.pending:
             members = pending.round.members
             kept = [n for n, member in enumerate(members) if accepted[member]]

@@ -251,6 +251,52 @@ def delta_net(
 
 
 @_compiled
+def replay(
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    qkv: Array,
+    bounds: Array,
+    slots: Array,
+    provisional: Array,
+    conv_state: Array,
+    recurrent_state: Array,
+    accepted: Array,
+) -> None:
+    """Advance provisional slots over the first ``accepted[n]`` rows that ``delta_net`` kept."""
+    heads, dk, dv = v.shape[1], k.shape[2], v.shape[2]
+    ratio, width = heads // k.shape[1], conv_state.shape[2]
+    ahead = np.empty(dv, np.float32)
+    for n in range(len(slots)):
+        begin, count = bounds[n], accepted[n]
+        if count == 0 or not provisional[n]:
+            continue
+        for head in range(heads):
+            s = recurrent_state[slots[n], head]
+            for t in range(begin, begin + count):
+                key, value = k[t, head // ratio], v[t, head]
+                gate, strength = np.float32(math.exp(g[t, head])), beta[t, head]
+                for j in range(dv):
+                    ahead[j] = 0
+                for i in range(dk):
+                    line, ki = s[i], key[i]
+                    for j in range(dv):
+                        ahead[j] += ki * line[j]
+                for j in range(dv):
+                    ahead[j] = strength * (value[j] - gate * ahead[j])
+                for i in range(dk):
+                    line, ki = s[i], key[i]
+                    for j in range(dv):
+                        line[j] = gate * line[j] + ki * ahead[j]
+        window = conv_state[slots[n]]
+        for j in range(width):
+            at = count + j - width  # oldest first: a column is read before it is written
+            for c in range(window.shape[0]):
+                window[c, j] = qkv[begin + at, c] if at >= 0 else window[c, width + at]
+
+
+@_compiled
 def attention(
     h: Array,
     norm: Array,
