@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -218,7 +219,7 @@ class ModelState:
             with_states=not kv_shift, device=self.hidden.device,
         )  # fmt: skip
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether everything is fp32, as the compiled loops for CPUs want it."""
         kv = all(cache.k.dtype == torch.float32 for cache in self.kv_caches)
