@@ -138,7 +138,7 @@ def test_not_a_number_stays_with_its_sequence() -> None:
 
 
 def test_what_goes_where() -> None:
-    """Drafts among prompts and many single rows are for torch."""
+    """Drafts among prompts are for torch, and whatever has gradients or no cache."""
     model = _model({})
     assert fuse(model)
     state = model.new_state(12, 64)
@@ -151,7 +151,7 @@ def test_what_goes_where() -> None:
         assert fits([30])
         assert fits([30, 1, 1])
         assert fits([8], saves=[(0, 2, 11)])
-        assert not fits([1] * 10)
+        assert fits([1] * 10)
         assert not fits([30, 3], provisional=[False, True])
         assert not FusedModel.fits(30, state, None)
     assert not fits([30])
