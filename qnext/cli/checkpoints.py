@@ -198,7 +198,7 @@ def _layout(
         return layout, "all there, shapes and dtypes as the config says"
     # Only the index was fetched: it names every tensor, which is all that a census of names needs.
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    layout = detect_layout(config, names, quantization)
+    layout = detect_layout(config, list(names), quantization)
     needed = {name for name, tensor in layout.tensors.items() if not tensor.optional}
     wrong = sorted(needed.symmetric_difference(names))
     wrong = [name for name in wrong if name not in layout.tensors or name in needed]

@@ -96,3 +96,32 @@ def test_the_texts_are_different_and_in_several_documents() -> None:
     assert min(len(one), len(two)) >= 5
     assert not set(one) & set(two)
     assert all(document.strip() for document in one + two)
+
+
+def test_inspect_of_a_fetched_index(qnext: Any, tmp_path: Path) -> None:
+    """Names alone, as a hub id gives them: every scale of the 80B's FP8 twin, with MTP."""
+    from test_checkpoints import PUBLISHED_80B
+
+    from qnext.config import ModelConfig
+    from qnext.quant.plan import QuantizePlan
+    from qnext.weights import disk_tensors
+
+    rules = list(disk_tensors(ModelConfig.from_dict({**PUBLISHED_80B,
+                                                     "num_nextn_predict_layers": 1})))  # fmt: skip
+    plan = QuantizePlan.make(rules, "fp8", 128)
+    config = {**PUBLISHED_80B, "quantization_config": plan.config()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = {rule.name: "model-00001-of-00008.safetensors" for rule in rules}
+    names |= {f"{stem}.weight_scale_inv": "model-00001-of-00008.safetensors"
+              for stem in plan.schemes}  # fmt: skip
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    facts = json.loads(qnext("inspect", tmp_path, "--json").out)
+    assert facts["tensors"] == 151_479
+    assert facts["weights"] == "as the index names them"
+    assert facts["quantization"] == "fp8: fp8 128x128 blocks"
+    del names["mtp.layers.0.mlp.experts.7.up_proj.weight_scale_inv"]
+    index.write_text(json.dumps({"weight_map": names}))
+    done = qnext("inspect", tmp_path)
+    assert done.code == 1
+    assert "mtp.layers.0.mlp.experts.7.up_proj" in done.err
