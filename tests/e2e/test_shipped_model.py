@@ -13,6 +13,7 @@ from qnext import LLM, SamplingParams, load_model
 from qnext.hub import shipped_model
 from qnext.train.data import TokenShards
 from qnext.train.evaluate import Evaluation, evaluate
+from qnext.train.loss import Objective
 from qnext.train.tokenizer import tokenize_shards
 
 PROMPTS = [
@@ -101,7 +102,8 @@ def heldout(tmp_path_factory, request) -> Evaluation:
     tokenize_shards(folder / "heldout.jsonl", shipped_model(), folder, "heldout")
     shards = TokenShards(folder, "heldout")
     assert shards.num_bytes == len(text.encode())
-    return evaluate(load_model(dtype="float32", device="cpu"), [shards], 1024, 1024)
+    model = load_model(dtype="float32", device="cpu")
+    return evaluate(Objective(model), [shards], 1024, 1024)
 
 
 def test_bits_per_byte_of_a_heldout_speech(heldout):
