@@ -23,6 +23,7 @@ from qnext.cli import (
     machine,
     plan,
     quantize,
+    serve,
     training,
 )
 from qnext.errors import ConfigError, QnextError, RequestError
@@ -66,6 +67,7 @@ def _options(
 for verb in (
     generate.generate,
     chat.chat,
+    serve.serve,
     checkpoints.inspect,
     plan.plan,
     checkpoints.pull,

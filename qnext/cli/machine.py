@@ -24,6 +24,9 @@ NEEDED = (
 OPTIONAL = {
     "triton": "gpu",
     "llguidance": "structured",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
     "matplotlib": "train",
     "lxml": "train",
     "datasets": "train",

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,12 +33,30 @@ _FAILURES = 3
 
 @dataclass(eq=False)
 class Stream:
-    """One request's way back to its caller."""
+    """One request's way back to its caller.
+
+    Attributes:
+        request: what was asked; its ``metrics`` are whole once ``num_open`` is 0.
+        num_open: sequences whose end the caller has not seen.
+    """
 
     request: Request
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[list[StreamDelta] | Exception]
     sent: list[tuple[int, int]] = field(default_factory=list)
+    num_open: int = 0
+
+    async def take(self) -> list[StreamDelta]:
+        """What is new; call it while ``num_open`` is not 0.
+
+        Raises:
+            EngineError: the engine has stopped or fails.
+        """
+        item = await self.queue.get()
+        if isinstance(item, Exception):
+            raise item
+        self.num_open -= sum(delta.finish_reason is not None for delta in item)
+        return item
 
     def push(self) -> None:
         """Send what is new."""
@@ -97,19 +116,27 @@ class AsyncLLM:
             RequestError: it can never be served.
             EngineError: the engine has stopped or fails.
         """
-        stream = await self._submit(prompt, sampling_params, priority)
-        open_sequences = len(stream.request.sequences)
-        try:
-            while open_sequences:
-                item = await stream.queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                for delta in item:
-                    open_sequences -= delta.finish_reason is not None
+        async with self.open(prompt, sampling_params, priority=priority) as stream:
+            while stream.num_open:
+                for delta in await stream.take():
                     yield delta
+
+    @asynccontextmanager
+    async def open(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> AsyncIterator[Stream]:
+        """A queued request for the length of a block; leaving early ends it within one step.
+
+        Raises:
+            RequestError: it can never be served.
+            EngineError: the engine has stopped.
+        """
+        stream = await self._submit(prompt, sampling_params, priority)
+        try:
+            yield stream
         finally:
-            if open_sequences:
-                self._send(partial(self._abort, stream.request))
+            if stream.num_open:
+                self._send(partial(self._abort, stream.request), urgent=True)
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
@@ -120,17 +147,9 @@ class AsyncLLM:
             RequestError: it can never be served.
             EngineError: the engine has stopped or fails.
         """
-        stream = await self._submit(prompt, sampling_params, priority)
-        left = len(stream.request.sequences)
-        try:
-            while left:
-                item = await stream.queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                left -= sum(delta.finish_reason is not None for delta in item)
-        finally:
-            if left:
-                self._send(partial(self._abort, stream.request))
+        async with self.open(prompt, sampling_params, priority=priority) as stream:
+            while stream.num_open:
+                await stream.take()
         return self.llm.output(stream.request)
 
     async def call(self, function: Callable[[LLM], Any]) -> Any:
@@ -174,7 +193,8 @@ class AsyncLLM:
         def add() -> None:
             try:
                 request = make()
-                stream = Stream(request, loop, asyncio.Queue(), [(0, 0)] * len(request.sequences))
+                count = len(request.sequences)
+                stream = Stream(request, loop, asyncio.Queue(), [(0, 0)] * count, count)
                 self._streams[request] = stream
                 if not done.set_running_or_notify_cancel():
                     self._abort(request)
@@ -191,14 +211,17 @@ class AsyncLLM:
         try:
             return await asyncio.wrap_future(done)
         except asyncio.CancelledError:
-            self._send(undo)
+            self._send(undo, urgent=True)
             raise
 
-    def _send(self, command: Callable[[], None]) -> None:
+    def _send(self, command: Callable[[], None], *, urgent: bool = False) -> None:
+        """Hand the thread a command; an ``urgent`` one (abort) also while it shuts down."""
         with self._wake:
+            if urgent and (self._failure is not None or not self._thread.is_alive()):
+                return  # everything has ended already
             if self._failure is not None or not self._thread.is_alive():
                 raise EngineError("the engine has stopped", hint="see the log for the reason")
-            if self._closing:
+            if self._closing and not urgent:
                 raise EngineError("the engine is shutting down and takes no more requests")
             self._commands.append(command)
             self._wake.notify()

@@ -167,6 +167,7 @@ class LLM:
         if max_model_len is not None:
             _check_count("max_model_len", max_model_len, longest)
         self.tokenizer: Tokenizer | None = None
+        self._closed = False
         self._chat_template: ChatTemplate | None = None
         self._compiler: GrammarCompiler | None = None
         self._think_tokens: ThinkTokens | None = None
@@ -236,8 +237,10 @@ class LLM:
         log.info("%s", compare(self.plan, measure(self.model, self.engine.state)))
 
     def close(self) -> None:
-        """End all requests and write cached prefixes to ``disk_cache``, if there is one."""
-        self.engine.close()
+        """End all requests and write cached prefixes to ``disk_cache``, if there is one; once."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
 
     @property
     def stats(self) -> EngineStats:

@@ -15,6 +15,7 @@ import pytest
 VERBS = (
     "generate",
     "chat",
+    "serve",
     "inspect",
     "pull",
     "convert",
