@@ -36,7 +36,7 @@ $(VENV)/.venv:
 $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) -e '.[cpu]'
-	# Compiles the loops for decoding, once per machine (about 12 s).
+	# Compiles the loops for prompts and decoding, once per machine (about half a minute).
 	$(BIN)/qnext generate --max-tokens 4 > /dev/null
 	touch $@
 
