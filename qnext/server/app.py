@@ -14,7 +14,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from qnext import __version__
-from qnext.server.chat import chat_chunks, whole_chat
+from qnext.server.anthropic import (
+    CountBody,
+    MessagesBody,
+    message_events,
+    to_chat,
+    whole_message,
+)
+from qnext.server.chat import chat_chunks, render, whole_chat
 from qnext.server.completions import completion_chunks, whole_completion
 from qnext.server.errors import HANDLED, Refusal, handle, handle_validation, json_response
 from qnext.server.gate import Gate
@@ -41,6 +48,7 @@ def create_app(service: Service) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, handle_validation)
     _add_status(app, service)
     _add_openai(app, service)
+    _add_anthropic(app, service)
     _add_tokens(app, service)
     gate: ASGIApp = Gate(app, service.options, service.metrics.http)
     origins = service.options.allowed_origins
@@ -97,6 +105,30 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         loaded = service.ready(body.model)
         chunks = chat_chunks(service, loaded, body, request.state.key)
         return await _answer(request, chunks, whole_chat, body.stream, body.stream_options)
+
+
+def _add_anthropic(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/messages")
+    async def messages(body: MessagesBody, request: Request) -> Response:
+        """Answer a conversation, in Anthropic's words."""
+        loaded = service.ready(body.model)
+        events = message_events(service, loaded, body, request.state.key)
+        if not body.stream:
+            return json_response(await unless_gone(request, _whole(whole_message, events)))
+        begun = await unless_gone(request, started(events))
+        return EventStream(begun, done=None, named=True, path=request.url.path)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: CountBody) -> Response:
+        """Tokens of a conversation."""
+        loaded = service.ready(body.model)
+
+        def count() -> int:
+            chat = to_chat(loaded, body)
+            text = render(loaded, chat.messages, chat.tools, {})
+            return len(loaded.tokenizer.encode(text))
+
+        return json_response({"input_tokens": await asyncio.to_thread(count)})
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

@@ -151,13 +151,13 @@ async def chat_chunks(
     async with aclosing(answer_deltas(service, loaded, ready, key)) as news:
         async for pieces, counts in news:
             chunk = {**head, "choices": pieces}
-            if counts is not None:
+            if not pieces:
                 chunk["usage"] = counts
             yield chunk
 
 
 Pieces = tuple[list[dict[str, Any]], dict[str, Any] | None]
-"""Choices of one chunk, and the usage with the last one."""
+"""Choices of one chunk; the first comes with the usage so far, a last one has the usage alone."""
 
 
 async def answer_deltas(
@@ -169,7 +169,9 @@ async def answer_deltas(
         async with loaded.engine.open(ready.prompt, ready.params, priority=priority) as stream:
             answers = [Answer(index, loaded, ready) for index in range(n)]
             reasons: list[str] = []
-            yield [answer.opening() for answer in answers], None
+            request = stream.request
+            prompt = len(request.prompt_token_ids)
+            yield [answer.opening() for answer in answers], usage(prompt, 0, [request.metrics])
             async with aclosing(steps([stream], service.options.max_seconds)) as news:
                 async for _, deltas in news:
                     pieces = [piece for delta in deltas for piece in _pieces(answers, delta)]
@@ -178,10 +180,9 @@ async def answer_deltas(
                         yield pieces, None
                     if all(answer.ended for answer in answers):
                         break
-            request = stream.request
             service.metrics.finished(request.metrics, reasons)
             completion = sum(answer.num_tokens for answer in answers)
-            counts = usage(len(request.prompt_token_ids), completion, [request.metrics])
+            counts = usage(prompt, completion, [request.metrics])
             if loaded.format.reasoning:
                 thought = sum(answer.num_reasoning for answer in answers)
                 counts["completion_tokens_details"] = {"reasoning_tokens": thought}
