@@ -81,7 +81,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
             peers[f"decode_ms {name}"] = partial(peer.decode_ms, count)
             peers[f"prefill_ms {name}"] = partial(peer.prefill_ms, prompt)
             if name == "float32" and plain.model.dtype == torch.float32:
-                result["largest_logit_difference"] = peer.difference(plain, prompt[:256])
+                result.update(peer.difference(plain, prompt[:512]))
     found: dict[str, list[float]] = {}
     for measure in (ours, peers):
         for once in measure.values():
@@ -125,7 +125,10 @@ def table(result: dict[str, Any]) -> str:
         shares = " ".join(f"{x:.0%}" for x in result["acceptance"][k])
         lines.append(f"MTP k={k} times plain        {times:10.2f} (drafts accepted {shares})")
     if "largest_logit_difference" in result:
-        lines.append(f"largest logit difference  {result['largest_logit_difference']:10.1e}")
+        lines.append(
+            f"against transformers fp32 {result['largest_logit_difference']:10.1e} largest logit "
+            f"difference, KL {result['mean_kl']:.1e}, greedy the same {result['same_greedy']:.1%}"
+        )
     lines.append(
         f"weights read per token    {result['bytes_per_token'] / 1e6:10.1f} MB, "
         f"{result['achieved_gb_s']:.1f} GB/s of {result['read_gb_s']:.1f} measured "
@@ -199,11 +202,31 @@ class _Transformers:
         """Milliseconds from a prompt to its first token."""
         return 1e3 * self._generate(prompt, 1)
 
-    def difference(self, llm: LLM, prompt: list[int]) -> float:
-        """Largest difference of any logit on a text."""
-        ids = torch.tensor([prompt], device=self.model.device)
+    def difference(self, llm: LLM, prompt: list[int]) -> dict[str, float]:
+        """How far our logits are from the peer's on a text: largest difference, KL, arg-max.
+
+        Half of it is read as a prompt and half token by token, as the engine does.
+        """
+        ids = torch.tensor(prompt, device=self.model.device)
         with torch.inference_mode():
-            return float((self.model(ids).logits - llm.model(ids).logits).abs().max())
+            state = llm.model.new_state(1, len(prompt))
+            half = len(prompt) // 2
+            rows, start = [], 0
+            for stop in (half, *range(half + 1, len(prompt) + 1)):
+                batch = state.batch([stop - start], slots=[0], context_lens=[start])
+                rows.append(llm.model.hidden_states(ids[start:stop], batch, state))
+                start = stop
+            ours = llm.model.logits(torch.cat(rows))
+            theirs = self.model(ids[None]).logits[0].float()
+            kl = torch.nn.functional.kl_div(
+                ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean"
+            )
+            same = ours.argmax(-1) == theirs.argmax(-1)
+            return {
+                "largest_logit_difference": float((theirs - ours).abs().max()),
+                "mean_kl": float(kl),
+                "same_greedy": float(same.float().mean()),
+            }
 
 
 def _bandwidth(llm: LLM, decode_ms: float) -> dict[str, float]:

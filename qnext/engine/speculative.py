@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from qnext.engine.tensors import BlockTables
 
 MAX_DRAFTS = 8
-AUTO_DRAFTS = 1
-"""Drafts for ``num_speculative_tokens="auto"`` on a model with MTP."""
+AUTO_DRAFTS = 3
+"""Most drafts for ``num_speculative_tokens="auto"``; ``DraftPolicy`` chooses 0 to so many."""
 
 _TRIES = 4
 """Steps that each k is measured for before one is chosen."""
@@ -44,7 +44,7 @@ DraftOverride = Callable[[Generation, list[int]], list[int]]
 
 
 def resolve_num_drafts(asked: int | str | None, *, has_mtp: bool) -> int:
-    """Drafts per step: None and 0 mean none, "auto" means what pays if the model has MTP.
+    """Drafts per step: None and 0 mean none, "auto" means up to what may pay.
 
     Raises:
         ConfigError: not 0..8, or drafts asked of a model without MTP weights.
