@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -151,7 +152,24 @@ class Runner:
             provisional=[bool(w.drafts) for w, _ in live] if drafting else (),
             saves=saves, device=self.device,
         )  # fmt: skip
-        return self.model.hidden_states(self._ids(ids), batch, self.state), batch, rows
+        wanted = self._wanted(live, batch, saves)
+        hidden = self.model.hidden_states(self._ids(ids), batch, self.state, wanted=wanted)
+        return hidden, batch, rows
+
+    def _wanted(
+        self,
+        live: list[tuple[Work, int]],
+        batch: PackedBatch,
+        saves: list[tuple[int, int, int]],
+    ) -> list[int] | None:
+        """Rows of a step with prompts that are needed at the end: last ones and saved ones."""
+        if self._drafter is not None or batch.max_length == 1:
+            return None
+        if any(w.sequence.request.prompt_logprobs is not None for w, _ in live):
+            return None
+        first = [0, *accumulate(batch.lengths)]
+        ends = {end - 1 for end in first[1:]}
+        return sorted(ends | {first[n] + row - 1 for n, row, _ in saves})
 
     def _pick(self, hidden: Tensor, picked: list[int], stored: Tensor) -> Tensor:
         """The rows that are sampled; negative ones count among the stored rows."""

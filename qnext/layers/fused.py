@@ -119,10 +119,21 @@ class FusedModel:
         few = rows <= small_batch.MAX_ROWS or rows < MIN_STRETCH * len(batch.lengths)
         return few and not any(part.saves for part in batch.index.rounds)
 
-    def run(self, h: Tensor, batch: PackedBatch, state: ModelState) -> Tensor:
+    def run(
+        self,
+        h: Tensor,
+        batch: PackedBatch,
+        state: ModelState,
+        wanted: Sequence[int] | None = None,
+    ) -> Tensor:
         """All decoder layers and the final norm: embeddings (T, hidden) -> (T, hidden)."""
         if not self._few(len(h), batch):
-            return self._final(self.wide.run(h, batch, state))
+            found = self.wide.run(h, batch, state, wanted)
+            if wanted is None:
+                return self._final(found)
+            chosen = list(wanted)
+            found[chosen] = self._final(found[chosen])
+            return found
         step = self._step(batch)
         rows = np.array(h.numpy(), order="C")  # updated in place
         pairs = list(zip(self._layers, state.layers, strict=True))

@@ -8,7 +8,8 @@ rows. Products round their inputs to BF16 where that was asked for, everything e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -54,9 +55,14 @@ class WideModel:
             self._mtp = WideLayer(model.mtp.layers[0], half)
         self._rotary = model.rotary
 
-    def run(self, h: Tensor, batch: PackedBatch, state: ModelState) -> Tensor:
-        """All decoder layers, without the final norm: embeddings (T, hidden) -> (T, hidden)."""
-        return self._run(self._layers, h, batch, state.layers)
+    def run(
+        self, h: Tensor, batch: PackedBatch, state: ModelState, wanted: Sequence[int] | None
+    ) -> Tensor:
+        """All decoder layers, without the final norm: embeddings (T, hidden) -> (T, hidden).
+
+        Rows that are not ``wanted`` (None: all are) leave the last layer half done.
+        """
+        return self._run(self._layers, h, batch, state.layers, wanted)
 
     def run_mtp(self, x: Tensor, batch: PackedBatch, state: ModelState) -> Tensor:
         """The decoder layer of the MTP module: (T, hidden) -> (T, hidden)."""
@@ -65,7 +71,12 @@ class WideModel:
         return self._run([self._mtp], x, batch, [state.mtp])
 
     def _run(
-        self, layers: list[WideLayer], h: Tensor, batch: PackedBatch, states: list[Any]
+        self,
+        layers: list[WideLayer],
+        h: Tensor,
+        batch: PackedBatch,
+        states: list[Any],
+        wanted: Sequence[int] | None = None,
     ) -> Tensor:
         from qnext.kernels.tiles import product
 
@@ -73,16 +84,33 @@ class WideModel:
         rows = np.zeros((len(h), product.vectors_of(width) * 16), np.float32)
         rows[:, :width] = h.detach().numpy()
         step = WideStep.of(batch, rows, self._rotary)
+        every = list(pairwise(step.bounds))
+        spans = every if wanted is None else _spans(wanted, step.bounds)
         after: Part | None = None
         for layer, state in zip(layers, states, strict=True):
-            before, mix, after_mix = layer.parts(step, state)
+            last = layer is layers[-1]
+            before, mix, after_mix = layer.parts(step, state, spans if last else every)
             step.over_rows(_both(after, before))
             for part in mix:
                 step.run(part)
             after = after_mix
         assert after is not None
-        step.over_rows(after)
+        if wanted is None:
+            step.over_rows(after)
+        else:
+            step.run([partial(after, begin, end) for begin, end in spans])
         return torch.from_numpy(rows[:, :width])
+
+
+def _spans(rows: Sequence[int], bounds: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Neighbouring rows of one sequence as (first, last + 1)."""
+    starts, found = set(bounds), list[tuple[int, int]]()
+    for row in sorted(set(rows)):
+        if found and found[-1][1] == row and row not in starts:
+            found[-1] = (found[-1][0], row + 1)
+        else:
+            found.append((row, row + 1))
+    return found
 
 
 def _both(first: Part | None, second: Part) -> Part:
@@ -232,9 +260,12 @@ class WideLayer:
         return out
 
     def parts(
-        self, step: WideStep, state: KVCache | DeltaState
+        self, step: WideStep, state: KVCache | DeltaState, spans: list[tuple[int, int]]
     ) -> tuple[Part, list[list[Callable[[], None]]], Part]:
-        """What to run over rows first, then (jobs side by side) across rows, then over rows."""
+        """What to run over rows first, then (jobs side by side) across rows, then over rows.
+
+        Attention is computed for the rows of ``spans``, each within one sequence.
+        """
         h = step.rows
         u = np.empty((len(h), self._into_vectors * 16), np.float32)
         pair = 4 // np.dtype(self._kind).itemsize
@@ -252,7 +283,7 @@ class WideLayer:
 
         if isinstance(state, KVCache):
             keys, values = (x.flatten(0, 1).numpy() for x in (state.k, state.v))
-            mix = [self._attend(step, u, y, keys, values)]
+            mix = [self._attend(step, spans, u, y, keys, values)]
         else:
             mix = self._run_rule(step, state, u, y)
 
@@ -263,14 +294,17 @@ class WideLayer:
         return before, mix, after
 
     def _attend(
-        self, step: WideStep, u: Any, y: Any, keys: Any, values: Any
+        self, step: WideStep, spans: list[tuple[int, int]], u: Any, y: Any, keys: Any, values: Any
     ) -> list[Callable[[], None]]:
-        """One job per sequence and key head, cut further only if threads would idle."""
-        pieces = math.ceil(step.threads / (self._kv_heads * len(step.places)))
+        """One job per span of rows and key head, cut further only if threads would idle."""
+        pieces = math.ceil(step.threads / (self._kv_heads * len(spans)))
         jobs: list[Callable[[], None]] = []
-        for n, places in enumerate(step.places):
-            begin, new = step.bounds[n], step.bounds[n + 1] - step.bounds[n]
-            cuts = [_cut(len(places) - new, new, i, pieces) for i in range(pieces + 1)]
+        for start, stop in spans:
+            n = bisect_right(step.bounds, start) - 1
+            places, begin = step.places[n], step.bounds[n]
+            new = step.bounds[n + 1] - begin
+            past, rows = len(places) - new + start - begin, stop - start
+            cuts = [start - begin + _cut(past, rows, i, pieces) for i in range(pieces + 1)]
             jobs += [
                 partial(
                     self._attention.attend, u, begin, new, first, last, places, keys, values, kv,

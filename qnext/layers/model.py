@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ class CausalLM(nn.Module):
         *,
         aux: RouterStats | None = None,
         collect: list[Tensor] | None = None,
+        wanted: Sequence[int] | None = None,
     ) -> Tensor:
         """Run the backbone.
 
@@ -93,6 +95,8 @@ class CausalLM(nn.Module):
             state: what the layers remember; advanced in place.
             aux: collects router statistics for the training losses.
             collect: gets the embedding and every layer's output appended.
+            wanted: rows whose result is needed, None for all: others may be anything, which
+                saves most of the last layer of a prompt.
 
         Returns:
             (T, hidden) after the final norm.
@@ -103,7 +107,7 @@ class CausalLM(nn.Module):
         fused = self.fused if collect is None and aux is None else None
         if fused is not None and fused.fits(len(h), state, batch):
             assert state is not None
-            return fused.run(h, batch, state)
+            return fused.run(h, batch, state, wanted)
         rotary = self.rotary(batch.positions, h.dtype)
         for i, layer in enumerate(self.model.layers):
             if collect is not None:

@@ -100,6 +100,27 @@ def test_half_is_near(name: str, threads: int) -> None:
     assert max(apart) > 1e-4  # rounding is visible: it is the other path
 
 
+@pytest.mark.parametrize("kinds", [["linear", "full"], ["full", "linear"]], ids=" last ".join)
+def test_rows_that_are_wanted_are_those_of_the_whole(kinds: list[str], threads: int) -> None:
+    """The last layer runs for some rows only; states and caches are as if it ran for all."""
+    model = _model({"layer_types": [f"{kind}_attention" for kind in 2 * kinds]})
+    assert fuse(model)
+    ids = torch.arange(90) * 7 % model.config.vocab_size
+    wanted, found = [3, 4, 5, 40, 41, 69, 70, 78], []
+    with torch.inference_mode():
+        for rows in (None, wanted):
+            state = model.new_state(3, 128)
+            where: dict[str, Any] = {"context_lens": [0, 0], "slots": [2, 0]}
+            batch = state.batch([70, 9], **where, saves=[(0, 41, 1)])
+            hidden = model.hidden_states(ids[:79], batch, state, wanted=rows)
+            after = state.batch([8, 3], context_lens=[70, 9], slots=[2, 0])
+            more = model.hidden_states(ids[79:90], after, state)
+            states = [t for d in state.delta_states for t in (d.recurrent_state, d.conv_state)]
+            found.append([hidden[wanted], more, *states])
+    for want, got in zip(*found, strict=True):
+        assert (want - got).abs().max() < 1e-6
+
+
 def test_half_needs_weights_that_lose_nothing() -> None:
     model = _model({}, rounded=False)
     assert fuse(model, half=True)
