@@ -26,7 +26,6 @@ from qnext.layers.model import CausalLM
 from qnext.layers.moe import SparseMoe
 from qnext.layers.norm import RMSNorm
 from qnext.layers.packed import CacheIndex, PackedBatch
-from qnext.layers.rotary import RotaryEmbedding
 from qnext.layers.state import DeltaState, KVCache, ModelState
 
 MIN_STRETCH = 6
@@ -54,6 +53,7 @@ class WideModel:
         if model.mtp is not None:
             self._mtp = WideLayer(model.mtp.layers[0], half)
         self._rotary = model.rotary
+        self._turns = np.empty((2, 0, 0), np.float32)
 
     def run(
         self, h: Tensor, batch: PackedBatch, state: ModelState, wanted: Sequence[int] | None
@@ -83,7 +83,7 @@ class WideModel:
         width = h.shape[1]
         rows = np.zeros((len(h), product.vectors_of(width) * 16), np.float32)
         rows[:, :width] = h.detach().numpy()
-        step = WideStep.of(batch, rows, self._rotary)
+        step = WideStep.of(batch, rows, self._cos_sin(batch.positions))
         every = list(pairwise(step.bounds))
         spans = every if wanted is None else _spans(wanted, step.bounds)
         after: Part | None = None
@@ -100,6 +100,14 @@ class WideModel:
         else:
             step.run([partial(after, begin, end) for begin, end in spans])
         return torch.from_numpy(rows[:, :width])
+
+    def _cos_sin(self, positions: Tensor) -> Any:
+        """(2, T, R) cosines and sines, from a table that grows with the longest text."""
+        longest = int(positions.max()) + 1
+        if longest > self._turns.shape[1]:
+            span = torch.arange(-(-longest // 4096) * 4096)
+            self._turns = torch.stack(self._rotary(span, torch.float32)).numpy()
+        return self._turns[:, positions.numpy()]
 
 
 def _spans(rows: Sequence[int], bounds: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -150,11 +158,10 @@ class WideStep:
     threads: int
 
     @classmethod
-    def of(cls, batch: PackedBatch, rows: Any, rotary: RotaryEmbedding) -> WideStep:
+    def of(cls, batch: PackedBatch, rows: Any, cos_sin: Any) -> WideStep:
         """Work out everything that the layers share."""
         index = batch.index
         assert index is not None
-        cos, sin = rotary(batch.positions, torch.float32)
         tables, places = index.block_tables.numpy(), []
         for n, (past, new) in enumerate(zip(batch.context_lens, batch.lengths, strict=True)):
             place = np.arange(index.kv_shift, index.kv_shift + past + new)
@@ -165,7 +172,7 @@ class WideStep:
         bounds = tuple(batch.cu_seqlens.tolist())
         return cls(
             rows, bounds, index.slot_mapping.numpy(), places, _stretches(index, bounds),
-            cos.numpy(), sin.numpy(), torch.get_num_threads(),
+            *cos_sin, torch.get_num_threads(),
         )  # fmt: skip
 
     def over_rows(self, part: Part) -> None:
