@@ -3,7 +3,7 @@
     gate.py      who may come in: keys, hosts, sizes
     schema.py    what a body may say; refused.py what it may not, and why
     service.py   one loaded model and what requests share; admission.py how many at once
-    completions.py, chat.py, anthropic.py, tokens.py   the endpoints
+    completions.py, chat.py, responses.py, anthropic.py, tokens.py   the endpoints
     errors.py    every failure as a status and an OpenAI error body
     lifecycle.py start, drain, stop
 

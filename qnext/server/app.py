@@ -25,7 +25,9 @@ from qnext.server.chat import chat_chunks, render, whole_chat
 from qnext.server.completions import completion_chunks, whole_completion
 from qnext.server.errors import HANDLED, Refusal, handle, handle_validation, json_response
 from qnext.server.gate import Gate
+from qnext.server.memory import Memory
 from qnext.server.metrics import CONTENT_TYPE
+from qnext.server.responses import ResponsesBody, response_events, whole_response
 from qnext.server.schema import (
     ChatBody,
     CompletionBody,
@@ -48,6 +50,7 @@ def create_app(service: Service) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, handle_validation)
     _add_status(app, service)
     _add_openai(app, service)
+    _add_responses(app, service)
     _add_anthropic(app, service)
     _add_tokens(app, service)
     gate: ASGIApp = Gate(app, service.options, service.metrics.http)
@@ -105,6 +108,30 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         loaded = service.ready(body.model)
         chunks = chat_chunks(service, loaded, body, request.state.key)
         return await _answer(request, chunks, whole_chat, body.stream, body.stream_options)
+
+
+def _add_responses(app: FastAPI, service: Service) -> None:
+    memory = Memory()
+
+    @app.post("/v1/responses")
+    async def create(body: ResponsesBody, request: Request) -> Response:
+        """Answer, and remember it unless told otherwise."""
+        loaded = service.ready(body.model)
+        events = response_events(service, loaded, memory, body, request.state.key)
+        if not body.stream:
+            return json_response(await unless_gone(request, _whole(whole_response, events)))
+        return EventStream(await unless_gone(request, started(events)), done=None, named=True)
+
+    @app.get("/v1/responses/{name}")
+    async def retrieve(name: str, request: Request) -> Response:
+        """A remembered response."""
+        return json_response(memory.response(name, request.state.key))
+
+    @app.delete("/v1/responses/{name}")
+    async def delete(name: str, request: Request) -> Response:
+        """Forget a response."""
+        memory.forget(name, request.state.key)
+        return json_response({"id": name, "object": "response", "deleted": True})
 
 
 def _add_anthropic(app: FastAPI, service: Service) -> None:

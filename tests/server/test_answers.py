@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conversations import BOTH, HI, THOUGHT, call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import OpenAI
@@ -21,7 +22,6 @@ from qnext.server.chat import whole_chat
 from qnext.server.forced import ForcedCalls
 from qnext.text import ParserFormat, Tokenizer, ToolCall
 
-HI = [{"role": "user", "content": "Weather in Rome and Paris?"}]
 TOOL = {
     "type": "function",
     "function": {
@@ -29,14 +29,6 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
-
-
-def call(city: str) -> str:
-    return f'<tool_call>\n{{"name": "weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
-
-
-THOUGHT = "Two cities,\ntwo calls."
-BOTH = f"{THOUGHT}\n</think>\n\nI look it up.\n{call('Rome')}\n{call('Paris')}"
 
 
 def ask(client: OpenAI, *, stream: bool, **asked: Any) -> Any:

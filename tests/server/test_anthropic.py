@@ -9,8 +9,8 @@ import anthropic
 import pytest
 from anthropic import Anthropic
 from anthropic.types import message_create_params
+from conversations import BOTH, HI, THOUGHT
 from served import Process, Scripted
-from test_answers import BOTH, HI, THOUGHT
 
 from qnext.server.anthropic import MessagesBody
 

@@ -4,42 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Literal
 
 import openai
 import pytest
+from conversations import CLOCK, MODEL, WEATHER, Answer
 from openai import OpenAI
-from pydantic import BaseModel, Field
 
-MODEL = "qnext-small"
 HI = [{"role": "user", "content": "What is a transaction?"}]
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"$ref": "#/$defs/City"},
-                "days": {"type": "integer", "minimum": 1, "maximum": 9},
-            },
-            "required": ["city", "days"],
-            "additionalProperties": False,
-            "$defs": {"City": {"enum": ["Paris", "Rome"]}},
-        },
-    },
-}
-CLOCK = {"type": "function", "function": {"name": "clock"}}
-
-
-class Answer(BaseModel):
-    """A form for the model's answer."""
-
-    color: Literal["red", "green"]
-    count: int = Field(ge=0, le=99)
-    notes: list[Literal["a", "b"]] = Field(max_length=2)
 
 
 def test_a_stream_adds_up_to_the_answer(client: OpenAI):
