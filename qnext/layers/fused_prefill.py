@@ -172,7 +172,7 @@ class WideStep:
         bounds = tuple(batch.cu_seqlens.tolist())
         return cls(
             rows, bounds, index.slot_mapping.numpy(), places, _stretches(index, bounds),
-            *cos_sin, torch.get_num_threads(),
+            cos_sin[0], cos_sin[1], torch.get_num_threads(),
         )  # fmt: skip
 
     def over_rows(self, part: Part) -> None:
