@@ -94,7 +94,9 @@ class Runner:
                 self.state.commit(batch, kept)
             leads = self._leads(work, slots)
             if plain:
-                self.state.hidden[self._ids(slots)] = hidden.to(self.state.hidden.dtype)
+                self.state.hidden.index_copy_(
+                    0, self._ids(slots), hidden.to(self.state.hidden.dtype)
+                )
             else:
                 self._remember(work, slots, hidden, kept)
         else:
@@ -256,7 +258,7 @@ class Runner:
             first += w.num_rows
         whole = len(rows) == len(hidden)
         found = hidden if whole and rows == list(range(len(rows))) else hidden[rows]
-        self.state.hidden[self._ids(to)] = found.to(self.state.hidden.dtype)
+        self.state.hidden.index_copy_(0, self._ids(to), found.to(self.state.hidden.dtype))
 
     def _spans(
         self, work: list[Work], slots: list[int], kept: list[int], num_drafts: int

@@ -235,10 +235,14 @@ class Sampler:
 
 def _greedy(logits: Tensor) -> Sampled:
     """Nothing but the most likely token; the sum is finite only if every logit is."""
-    both = torch.stack([argmax(logits).double(), logits.sum(-1).double()])
-    tokens, sums = both.tolist()  # one transfer; float64 holds ids exactly
-    finite = list(map(math.isfinite, sums))
-    return Sampled(list(map(int, tokens)), finite, [None] * len(sums), finite)
+    if logits.device.type == "cpu":  # torch's threads would spin on where the model runs next
+        sums = torch.from_numpy(logits.numpy().sum(-1))
+    else:
+        sums = logits.sum(-1)
+    both = torch.stack([argmax(logits).double(), sums.double()])
+    tokens, totals = both.tolist()  # one transfer; float64 holds ids exactly
+    finite = list(map(math.isfinite, totals))
+    return Sampled(list(map(int, tokens)), finite, [None] * len(totals), finite)
 
 
 def _numbers(plan: RowPlan, drafts: Drafts | None) -> Tensor:

@@ -28,6 +28,9 @@ from qnext.layers.norm import RMSNorm
 from qnext.layers.packed import PackedBatch
 from qnext.layers.state import DeltaState, KVCache, ModelState
 
+MANY_ROWS = 64
+"""Rows up to which the head runs in the loops."""
+
 
 def fuse(model: CausalLM, *, half: bool = False) -> bool:
     """Give a model the fused path, if it and this machine can use it.
@@ -100,7 +103,7 @@ class FusedModel:
         if not rows or torch.is_grad_enabled():
             return False
         if batch is None or batch.index is None or state is None:
-            return batch is None and rows <= small_batch.MAX_ROWS
+            return batch is None and rows <= MANY_ROWS
         if FusedModel._few(rows, batch):
             return state.plain
         # Drafts among prompts, and snapshots of a few rows, are for torch.
@@ -192,8 +195,18 @@ class FusedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, hidden) -> (T, vocab)."""
+        rows = np.ascontiguousarray(hidden.numpy())
         out = np.empty((len(hidden), self._head.shape[1]), np.float32)
-        self._loops.linear(np.ascontiguousarray(hidden.numpy()), self._head, out)
+        threads = torch.get_num_threads() if len(rows) > small_batch.MAX_ROWS else 1
+        cuts = [len(rows) * i // threads for i in range(threads + 1)]
+        # Not torch's product: its threads go on spinning where ours are to run next.
+        jobs = [
+            _pool(threads).submit(self._loops.linear, rows[a:b], self._head, out[a:b])
+            for a, b in pairwise(cuts[1:])
+        ]
+        self._loops.linear(rows[: cuts[1]], self._head, out[: cuts[1]])
+        for job in jobs:
+            job.result()
         return torch.from_numpy(out)
 
     def _step(self, batch: PackedBatch) -> FusedStep:
