@@ -240,8 +240,8 @@ class AsyncLLM:
             if stopping:
                 break
             try:
-                engine.step()
-                failures = 0
+                if engine.step():  # a step without work proves nothing
+                    failures = 0
             except Exception as error:
                 failures += 1
                 log.exception("an engine step failed")
