@@ -12,7 +12,7 @@ from tiny import HYBRID, randomise
 from qnext.checkpoint import build_model
 from qnext.config import ModelConfig
 from qnext.kernels.tiles.tile import has_bfloat16
-from qnext.layers.fused import FusedModel, fuse
+from qnext.layers.fused import MANY_ROWS, FusedModel, fuse
 from qnext.layers.model import CausalLM
 
 SIBLINGS: dict[str, dict[str, Any]] = {
@@ -174,5 +174,6 @@ def test_what_goes_where() -> None:
         assert fits([8], saves=[(0, 2, 11)])
         assert fits([1] * 10)
         assert not fits([30, 3], provisional=[False, True])
-        assert not FusedModel.fits(30, state, None)
+        assert FusedModel.fits(MANY_ROWS)  # the head alone
+        assert not FusedModel.fits(MANY_ROWS + 1)
     assert not fits([30])
