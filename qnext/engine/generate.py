@@ -1,8 +1,8 @@
 """The step loop. Engine owns model state, cache books, scheduler and runner, and knows token ids.
 
 A step is synchronous, and given seeds deterministic: scheduler.py chooses the rows, runner.py runs
-them. ``LLM`` calls ``step`` until its requests are finished; ``AsyncEngine`` calls it from a
-thread of its own.
+them. ``LLM`` calls ``step`` until its requests are finished; ``AsyncLLM`` calls it from a thread
+of its own.
 """
 
 from __future__ import annotations

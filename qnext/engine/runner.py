@@ -237,7 +237,9 @@ class Runner:
 
     def _leads(self, work: list[Work], slots: list[int]) -> Tensor:
         """(n, H) hidden states of the last cached token of newly attached sequences."""
-        index = [slot for w, slot in zip(work, slots, strict=True) if w.lead]
+        going = [(w, slot) for w, slot in zip(work, slots, strict=True) if w.lead]
+        # Those that ended with their first token have no span (see ``_spans``).
+        index = [slot for w, slot in going if w.sequence.finish_reason is None]
         return self.state.hidden[index] if index and self._drafter else self.state.hidden[:0]
 
     def _remember(
